@@ -1,0 +1,128 @@
+"""The position matrix W of AnchorOPT: Eqs. 6-9, the fixed arrangements of Tab. 8, and Fig. 4's picture.
+
+W is (K, K) with K = M + N (M soft tokens, N anchor tokens). Row i is a position of the rearranged
+prompt, column j a token of the original sequence [V_1]..[V_M][Anc_1]..[Anc_N]; a 1 at (i, j) puts token j
+at position i. Rows are chosen one by one, so a token may be repeated or dropped (Sec. 4.2).
+
+This module needs torch alone (matplotlib only when a picture is drawn): copy it into any codebase.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class PositionMatrix(nn.Module):
+    """The learnable W.  `PositionMatrix(K)()` returns (K, K) with exactly one 1 in every row.
+
+    In training each call draws fresh Gumbel noise: the forward value is the hard assignment of Eq. 6, the
+    gradient that of the soft assignment of Eq. 7 (straight-through). In eval mode it is the arg-max
+    without noise ("the hard assignment version is applied during inference"), so it is deterministic.
+
+    size: K = M + N.
+    tau: the temperature of Eq. 7, > 0; smaller is sharper (Tab. S3 tries 0.1 to 4).
+    test_position: "argmax", or "sample": draw noise in eval mode too, as the authors' released code does.
+    Raises ValueError for a size below 1, a tau that is not positive, or another test_position.
+    """
+
+    def __init__(self, size, tau=1.0, test_position="argmax"):
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"PositionMatrix: size must be at least 1, got {size}")
+        if not tau > 0:
+            raise ValueError(f"PositionMatrix: tau must be positive, got {tau}")
+        if test_position not in ("argmax", "sample"):
+            raise ValueError(f"PositionMatrix: test_position is 'argmax' or 'sample', got {test_position!r}")
+        self.tau, self.test_position = tau, test_position
+        # Algorithm 1: pos_params = randn(N + M, N + M). Row i holds log p^i up to a constant, which
+        # neither the arg-max of Eq. 6 nor the softmax of Eq. 7 can see.
+        self.logits = nn.Parameter(torch.randn(size, size))
+
+    def forward(self):
+        """Returns W (K, K). One call is one sample: use it for all classes, images and layers of a step."""
+        if not self.training and self.test_position == "argmax":
+            return hard_assignment(self.logits.detach())
+        scores = self.logits + gumbel_noise(self.logits)            # log p_j^i + eps_j
+        hard = hard_assignment(scores)                              # Eq. 6
+        soft = soft_assignment(scores, self.tau)                    # Eq. 7
+        return hard + (soft - soft.detach())      # the bracket is exactly 0: the value is Eq. 6, to the bit
+
+
+def gumbel_noise(like):
+    """Independent samples of Gumbel(0, 1), -log(-log U), in the shape, dtype and device of `like`."""
+    exponential = torch.empty_like(like).exponential_()                   # -log U ~ Exp(1)
+    return -exponential.clamp_min(torch.finfo(exponential.dtype).tiny).log()
+
+
+def hard_assignment(scores):
+    """Eq. 6:  w^i = one_hot( arg max_j (log p_j^i + eps_j) ).
+
+    scores (K, K): log p + eps. Returns (K, K) of 0 and 1 in the dtype of scores.
+    """
+    return F.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores.dtype)
+
+
+def soft_assignment(scores, tau):
+    """Eq. 7:  w_j^i = exp((log p_j^i + eps_j) / tau) / sum_k exp((log p_k^i + eps_k) / tau).
+
+    scores (K, K): log p + eps; tau > 0. Returns (K, K), rows sum to 1.
+    """
+    return (scores / tau).softmax(-1)
+
+
+def rearrange(W, tokens):
+    """Eq. 9 (its first half):  W . t_v, position i gets the token(s) that row i of W chooses.
+
+    W (R, K), usually R = K; tokens (..., K, d): t_v of Eq. 8. Returns (..., R, d).
+    Raises ValueError when W has another number of columns than there are tokens.
+    """
+    if W.shape[-1] != tokens.shape[-2]:
+        raise ValueError(f"rearrange: W has {W.shape[-1]} columns for {tokens.shape[-2]} tokens")
+    return W.to(tokens.dtype) @ tokens
+
+
+def fixed_matrix(arrangement, n_soft, n_anchor):
+    """The fixed arrangements of Tab. 8 that move tokens within the context, as matrices.
+
+    "before": the anchor tokens stand before all soft tokens; "middle": after floor(M / 2) of them.
+    ("After class token" is not a matter of W: there the anchor stands behind the class name.)
+    n_soft = M, n_anchor = N. Returns (M + N, M + N) of 0 and 1. Raises ValueError for another name.
+    """
+    if arrangement not in ("before", "middle"):
+        raise ValueError(f"fixed_matrix: arrangement is 'before' or 'middle', got {arrangement!r}")
+    in_front = 0 if arrangement == "before" else n_soft // 2
+    soft, anchor = list(range(n_soft)), list(range(n_soft, n_soft + n_anchor))
+    order = soft[:in_front] + anchor + soft[in_front:]
+    return torch.eye(n_soft + n_anchor)[order]
+
+
+def plot_position_matrix(W, path, n_anchor=1, title=None):
+    """Fig. 4: draws W with tokens of the original sequence as columns and prompt positions as rows.
+
+    W (K, K), or a dict title -> W to draw several side by side as the paper does; path: the picture to
+    write (its ending sets the format); n_anchor = N: how many of the last columns are anchors.
+    Raises ImportError, saying what to install, where matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg      # needs no display, changes no
+        from matplotlib.figure import Figure                             # global pyplot state
+    except ImportError as error:
+        raise ImportError("drawing the position matrix needs matplotlib: pip install matplotlib") from error
+    panels = W if isinstance(W, dict) else {title or "": W}
+    figure = Figure(figsize=(2.6 * len(panels) + 0.4, 3.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, matrix) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        matrix = torch.as_tensor(matrix, dtype=torch.float32).detach().cpu()
+        rows, columns = matrix.shape
+        axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1.25)
+        for i in range(rows):
+            for j in range(columns):
+                axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=8)
+        n_soft = columns - n_anchor
+        tokens = [f"V{j + 1}" for j in range(n_soft)] + [f"A{j + 1}" for j in range(n_anchor)]
+        axes.set_xticks(range(columns), tokens)
+        axes.set_yticks(range(rows), [str(i + 1) for i in range(rows)])
+        axes.set_xlabel("token of the original sequence")
+        axes.set_ylabel("position in the prompt")
+        axes.set_title(name)
+    figure.savefig(path)
