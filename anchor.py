@@ -1,0 +1,109 @@
+"""Anchor tokens: the anchor prompt of Eq. 4, its files, and what its tokens look like as words (S4).
+
+The anchor prompt reads  [SOS] [Anc_1] ... [Anc_N] [of] [CLS] . [EOT].  Stage I learns its N tokens; Stage II
+freezes them. Needs `prompts.py` (and so `position.py`) beside this file.
+"""
+
+import re
+
+import torch
+import torch.nn as nn
+
+from prompts import SOS, TOKENIZER, class_suffix, embed, encode_text, new_tokens, unit
+
+
+class AnchorPrompt(nn.Module):
+    """Eq. 4:  t_anc = [Anc_1] ... [Anc_N] [of] [CLS].   A call returns unit features f_T(t_anc) (C, d).
+
+    tokens (N, d_t): theta_a, learnable, in float32, started at N(0, 0.02^2).
+    preposition: the word between anchor and class, or None or "none" for no word (Tabs. 6, S2).
+    class_chunk: see `prompts.encode_text`.
+    Raises ValueError for N < 1 or class names that do not fit into CLIP's 77 tokens.
+    """
+
+    def __init__(self, clip_model, class_names, n_anchor=1, preposition="of", class_chunk=0):
+        super().__init__()
+        if n_anchor < 1:
+            raise ValueError(f"an anchor prompt needs at least one anchor token, got {n_anchor}")
+        object.__setattr__(self, "clip_model", clip_model)          # not a submodule: its weights are not ours
+        self.tokens = new_tokens(clip_model, n_anchor)
+        word = "" if preposition in (None, "none") else preposition
+        self.register_buffer("sos", embed(clip_model, [SOS]), persistent=False)
+        self.register_buffer("preposition", embed(clip_model, TOKENIZER.encode(word)), persistent=False)
+        self.class_chunk = class_chunk
+        self.set_classes(class_names)
+
+    def set_classes(self, class_names):
+        """Binds the same anchor to these C classes."""
+        before = 1 + len(self.tokens) + len(self.preposition)
+        self.suffix, self.eot = class_suffix(self.clip_model, [name + "." for name in class_names], before)
+        return self
+
+    def forward(self):
+        context = torch.cat([self.sos, self.tokens, self.preposition])              # shared by all classes
+        return unit(encode_text(self.clip_model, context, self.suffix, self.eot, class_chunk=self.class_chunk))
+
+
+def save_anchor(path, tokens, settings):
+    """Writes anchor tokens (N, d_t) and the settings (plain values) they were learnt with.
+
+    The file is loaded with weights_only=True. Raises OSError where the path cannot be written.
+    """
+    torch.save({"anchor_tokens": tokens.detach().cpu().clone(), "settings": dict(settings)}, path)
+
+
+class Inert:
+    """Stands for the optimizer and the schedule that a released checkpoint holds beside its anchor."""
+
+
+def plain_dict(*factory):
+    """Stands for `collections.defaultdict`, which the weights-only reader cannot fill."""
+    return {}
+
+
+# The globals that the released files name, and the harmless things that they get: no foreign class is built.
+RELEASED_GLOBALS = [(Inert, "torch.optim.sgd.SGD"), (Inert, "torch.optim.lr_scheduler.CosineAnnealingLR"),
+                    (plain_dict, "collections.defaultdict"), dict]
+
+
+def load_anchor(path):
+    """Reads anchor tokens: (tokens (N, d_t) float32 on the CPU, settings dict).
+
+    Takes the files of `save_anchor` and the authors' released .pth.tar checkpoints, whose settings are unknown:
+    their dict comes back empty. A file is read as data: no code of its pickle is run; the
+    optimizer state beside a released anchor is read past, and any other class is refused.
+    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or holds anything else.
+    """
+    try:
+        with torch.serialization.safe_globals(RELEASED_GLOBALS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:                       # unpicklers fail in many ways on damaged files
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {foreign[1]}, which is not data" if foreign else "damaged, or no torch.save file"
+        raise ValueError(f"{path} could not be read as an anchor file, and nothing in it was run: {reason}") from error
+    settings = {}
+    if isinstance(content, dict) and "anchor_tokens" in content:
+        tokens, settings = content["anchor_tokens"], content.get("settings", {})
+    elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        found = {key: value for key, value in content["state_dict"].items() if key.startswith("anchor_ctx")}
+        tokens = torch.cat([found[key] for key in sorted(found)]) if found else None
+    else:
+        tokens = None
+    if not torch.is_tensor(tokens) or tokens.dim() != 2 or not torch.isfinite(tokens.float()).all():
+        raise ValueError(f"{path} holds no anchor tokens (N, d_t) of finite numbers; "
+                         "make an anchor with: python stage1.py --dataset NAME")
+    return tokens.float(), dict(settings)
+
+
+def nearest_words(tokens, clip_model, k=10):
+    """S4: for each anchor token the k vocabulary entries nearest to it, by Euclidean distance.
+
+    tokens (N, d_t). Returns N lists of (word, distance), nearest first. As the paper finds, they make no
+    sense to a person: anchors live between the words.
+    """
+    table = clip_model.token_embedding.weight.float()                                     # (vocabulary, d_t)
+    distances, ids = torch.cdist(tokens.detach().to(table), table).topk(min(k, len(table)), largest=False)
+    return [[(TOKENIZER.decoder[int(i)].replace("</w>", ""), float(d)) for i, d in zip(row_ids, row)]
+            for row_ids, row in zip(ids, distances)]
