@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+import prompts
 import worlds
 
 ROOT = pathlib.Path(data.__file__).resolve().parent
@@ -779,3 +780,20 @@ def test_describe_without_key_client_or_server_says_so(world, server, tmp_path, 
     monkeypatch.setitem(sys.modules, "openai", None)
     assert data.main(arguments) == 2 and "pip install openai" in capsys.readouterr().err
     assert Server.requests == []
+
+
+# --------------------------------------------------------------------------- the descriptions that are shipped
+
+@pytest.mark.parametrize("name, classes", [("caltech101", 100), ("oxford_pets", 37), ("dtd", 47), ("eurosat", 10)])
+def test_shipped_descriptions_are_whole_distinct_and_short_enough_for_clip(name, classes):
+    sentences = json.loads(pathlib.Path(data.default_descriptions(name)).read_text(encoding="utf-8"))
+    assert len(sentences) == classes and min(map(len, sentences.values())) >= 5
+    flat = [sentence.lower() for listed in sentences.values() for sentence in listed]
+    assert len(set(flat)) == len(flat)
+    prompts.clip.tokenize(flat)                                              # raises where one is longer than 77 tokens
+
+
+def test_shipped_descriptions_fit_the_splits_class_names():
+    eurosat = list(data.DATASETS["eurosat"].rename.values()) + ["Forest", "River"]
+    for name, classes in [("caltech101", worlds.CALTECH101_NAMES), ("eurosat", eurosat)]:
+        assert len(data.load_descriptions(data.default_descriptions(name), classes)) == len(classes)
