@@ -13,6 +13,7 @@ N anchor tokens, K = M + N, P context positions with [SOS], S suffix positions, 
 
 import copy
 import difflib
+import functools
 import hashlib
 import os
 import pathlib
@@ -204,16 +205,13 @@ def encode_text(clip_model, context, suffix, eot, deep=None, read_back=0, class_
         CoCoOp); suffix (C, S, d_t), eot (C,): see `class_suffix`.
     deep: None, or a function (layer, context states (..., P-1, d_t) without [SOS]) -> states to go on with,
         called before each block (Sec. 3.2.3).
-    read_back: 0, or n: read the feature n positions before [EOT], counted from the start of the prompt (the
-        released code's read-out, README "Paper and released code"); it may land in the context.
-    class_chunk: 0, or how many classes at a time; chunks are recomputed in the backward pass, which trades
-        a second forward pass for memory.
+    read_back: 0, or n: read the feature n positions before [EOT], as the released code does; may be in the context.
+    class_chunk: 0, or how many classes at a time: less memory for a second forward pass in the backward pass.
     Returns (..., C, d), not normalised. Raises ValueError when P + S exceeds CLIP's context length.
     """
     P, S = context.shape[-2], suffix.shape[1]
-    length = len(clip_model.positional_embedding)
-    if P + S > length:
-        raise ValueError(f"a prompt of {P + S} tokens is longer than CLIP's {length}")
+    if P + S > len(clip_model.positional_embedding):
+        raise ValueError(f"a prompt of {P + S} tokens is longer than CLIP's {len(clip_model.positional_embedding)}")
     positions = clip_model.positional_embedding.to(clip_model.dtype)
     h = context.to(clip_model.dtype) + positions[:P]
     batched = h.dim() == 3
@@ -227,14 +225,14 @@ def encode_text(clip_model, context, suffix, eot, deep=None, read_back=0, class_
         keys_values += [k, v]
         h = after_attention(block, h, merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
 
+    learning, class_chunk = torch.is_grad_enabled(), class_chunk or len(suffix)
+    if not learning:                                            # 8192 prompts at a time bound a test batch's memory
+        class_chunk = min(class_chunk, max(1, 8192 // len(h)))
     features = []
-    for x, own_eot in zip(suffix.split(class_chunk or len(suffix)), eot.split(class_chunk or len(suffix))):
+    for x, own_eot in zip(suffix.split(class_chunk), eot.split(class_chunk)):
         x = (x.to(clip_model.dtype) + positions[P:P + S]).expand(len(h), *x.shape)
-        arguments = (clip_model, x, own_eot, read_back, h, *keys_values)
-        if class_chunk and torch.is_grad_enabled():
-            features.append(checkpoint(_encode_suffix, *arguments, use_reentrant=False))
-        else:
-            features.append(_encode_suffix(*arguments))
+        part = functools.partial(_encode_suffix, clip_model, x, own_eot, read_back, h, *keys_values)
+        features.append(checkpoint(part, use_reentrant=False) if learning and class_chunk < len(suffix) else part())
     features = torch.cat(features, dim=1)
     return features if batched else features.squeeze(0)
 
