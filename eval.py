@@ -28,7 +28,7 @@ import data
 import losses
 from anchor import AnchorPrompt
 from position import plot_position_matrix
-from prompts import TEMPLATES, build_learner, clip_identity, load_clip, sha256
+from prompts import TEMPLATES, build_learner, clip_identity, encode_image, load_clip, sha256
 
 READINGS = ("anchor", "normal", "ensemble", "final")
 
@@ -52,7 +52,7 @@ def image_features(clip_model, batches):
     """f_I of a DataLoader's images by the frozen CLIP, once: features (n, d) float32, labels (n,), on its device."""
     device, features, labels = clip_model.logit_scale.device, [], []
     for images, label in batches:
-        features.append(clip_model.encode_image(images.to(device, non_blocking=True)).float())
+        features.append(encode_image(clip_model, images.to(device, non_blocking=True)).float())
         labels.append(label)
     return torch.cat(features), torch.cat(labels).to(device)
 
@@ -744,7 +744,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="OUTPUT", help="folders written by stage2.py, with all that is under them")
     group = parser.add_argument_group("what to do (default: list all runs found)").add_mutually_exclusive_group()
-    group.add_argument("--dataset", nargs="+", metavar="NAME", help="evaluate the learnt prompts on all classes of these datasets")
+    group.add_argument("--dataset", nargs="+", metavar="NAME", help="evaluate learnt prompts on all classes of these datasets")
     group.add_argument("--table", type=str.upper, choices=list(TABLES), help="collect the runs into this table of the paper")
     group.add_argument("--figure", choices=["4"], help="draw the learnt position matrices")
     group = parser.add_argument_group("tables and figures")
@@ -754,7 +754,7 @@ def parse(argv):
     group.add_argument("--output", metavar="FILE", help="with --figure: the picture (default: figure4.png)")
     group = parser.add_argument_group("with --dataset")
     group.add_argument("--root", help="folder that holds the datasets (default: the environment's DATA, else ./data)")
-    group.add_argument("--clip", metavar="FILE", help="the CLIP checkpoint that the run was trained with (default: the CLIP it names)")
+    group.add_argument("--clip", metavar="FILE", help="CLIP checkpoint that the runs were trained with (default: as they say)")
     group.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
                        help="of the frozen CLIP (default: the run's; else float16 on CUDA, float32 elsewhere)")

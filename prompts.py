@@ -214,8 +214,7 @@ def encode_text(clip_model, context, suffix, eot, deep=None, read_back=0, class_
         raise ValueError(f"a prompt of {P + S} tokens is longer than CLIP's {len(clip_model.positional_embedding)}")
     positions = clip_model.positional_embedding.to(clip_model.dtype)
     h = context.to(clip_model.dtype) + positions[:P]
-    batched = h.dim() == 3
-    h = h if batched else h.unsqueeze(0)                                                 # (B, P, d_t), B = 1
+    h = h if context.dim() == 3 else h.unsqueeze(0)                                      # (B, P, d_t)
 
     keys_values = []                                      # of the context, per block: 2 x (B, H, P, d_t / H)
     for layer, block in enumerate(clip_model.transformer.resblocks):
@@ -226,15 +225,13 @@ def encode_text(clip_model, context, suffix, eot, deep=None, read_back=0, class_
         h = after_attention(block, h, merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
 
     learning, class_chunk = torch.is_grad_enabled(), class_chunk or len(suffix)
-    if not learning:                                            # 8192 prompts at a time bound a test batch's memory
-        class_chunk = min(class_chunk, max(1, 8192 // len(h)))
+    class_chunk = class_chunk if learning else min(class_chunk, max(1, 8192 // len(h)))      # bounds a test batch's memory
     features = []
     for x, own_eot in zip(suffix.split(class_chunk), eot.split(class_chunk)):
         x = (x.to(clip_model.dtype) + positions[P:P + S]).expand(len(h), *x.shape)
         part = functools.partial(_encode_suffix, clip_model, x, own_eot, read_back, h, *keys_values)
         features.append(checkpoint(part, use_reentrant=False) if learning and class_chunk < len(suffix) else part())
-    features = torch.cat(features, dim=1)
-    return features if batched else features.squeeze(0)
+    return torch.cat(features, dim=1).reshape(*context.shape[:-2], len(suffix), -1)
 
 
 def _encode_suffix(clip_model, x, eot, read_back, context_states, *keys_values):
@@ -254,22 +251,24 @@ def _encode_suffix(clip_model, x, eot, read_back, context_states, *keys_values):
         context = context.unsqueeze(1).expand(B, C, *context.shape[1:]).flatten(0, 1)
         return torch.cat([context, own], dim=2)                 # (B * C, H, P + S, d_t / H)
 
+    at = eot - read_back                                        # (C,): where to read, from the suffix's start
+    in_grid = (torch.arange(C) * S + at.clamp_min(0)).to(x.device)                 # that place among the C * S,
+    in_pack = ((eot + 1).cumsum(0) - (eot + 1) + at.clamp_min(0)).to(x.device)     # and among the T
     x = x.reshape(B, C * S, d_t).index_select(1, packed)        # (B, T, d_t)
     for block, k, v in zip(clip_model.transformer.resblocks, keys_values[::2], keys_values[1::2]):
         heads = block.attn.num_heads
         qkv = F.linear(layer_norm(block.ln_1, x), block.attn.in_proj_weight, block.attn.in_proj_bias)
         q, k_own, v_own = (spread(t) for t in qkv.chunk(3, dim=-1))
         attended = F.scaled_dot_product_attention(q, beside(k, k_own), beside(v, v_own), attn_mask=mask)
-        attended = merge_heads(attended).reshape(B, C * S, d_t).index_select(1, packed)
-        x = after_attention(block, x, attended)
+        attended = merge_heads(attended).reshape(B, C * S, d_t)
+        if block is clip_model.transformer.resblocks[-1]:       # of the last states, only those read: (B, C, d_t)
+            x, packed = x.index_select(1, in_pack), in_grid
+        x = after_attention(block, x, attended.index_select(1, packed))
 
-    at = eot - read_back                                        # (C,): where to read, from the suffix's start
-    starts = (eot + 1).cumsum(0) - (eot + 1)
-    read = x.index_select(1, (starts + at.clamp_min(0)).to(x.device))
     if bool((at < 0).any()):                                    # before the suffix: the context's own states
         in_context = context_states.index_select(1, (P + at).clamp(0, P - 1).to(x.device))
-        read = torch.where((at < 0).to(x.device)[:, None], in_context, read)
-    return layer_norm(clip_model.ln_final, read) @ clip_model.text_projection
+        x = torch.where((at < 0).to(x.device)[:, None], in_context, x)
+    return layer_norm(clip_model.ln_final, x) @ clip_model.text_projection
 
 
 def encode_sentences(clip_model, sentences, batch_size=256):
@@ -291,6 +290,8 @@ def encode_image(clip_model, images, tokens=()):
     position, before `ln_pre`; each later one replaces the last M states before its block (MaPLe).
     """
     visual = clip_model.visual
+    if not hasattr(visual, "transformer"):                                  # a ResNet: no prompts, CLIP's own path
+        return clip_model.encode_image(images)
     x = visual.conv1(images.to(clip_model.dtype)).flatten(2).transpose(1, 2)          # (B, patches, d_v)
     x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
     x = x + visual.positional_embedding.to(x.dtype)
@@ -299,8 +300,10 @@ def encode_image(clip_model, images, tokens=()):
     for layer, block in enumerate(visual.transformer.resblocks):
         if 1 <= layer < len(prompts):
             x = torch.cat([x[:, :x.shape[1] - prompts[layer].shape[1]], prompts[layer]], dim=1)
-        attended = merge_heads(F.scaled_dot_product_attention(*queries_keys_values(block, x)))
-        x = after_attention(block, x, attended)
+        q, k, v = queries_keys_values(block, x)
+        if block is visual.transformer.resblocks[-1]:           # of the last states, only [CLS]'s is read
+            q, x = q[:, :, :1], x[:, :1]
+        x = after_attention(block, x, merge_heads(F.scaled_dot_product_attention(q, k, v)))
     return layer_norm(visual.ln_post, x[:, 0]) @ visual.proj
 
 
@@ -352,12 +355,10 @@ class AttributeTemplate(PlainTemplate):
 
     def __init__(self, clip_model, n_soft, attributes):
         super().__init__(clip_model, n_soft)
-        if not attributes:
-            raise ValueError("the atprompt template needs at least one attribute: --attributes shape size")
+        if not attributes or not all(map(TOKENIZER.encode, attributes)):
+            raise ValueError(f"--attributes {attributes}: a word has no tokens; give one to three words, e.g. shape size")
         self.attribute_soft_tokens = nn.ParameterList(new_tokens(clip_model, n_soft, 0.01) for _ in attributes)
         for i, word in enumerate(attributes):
-            if not TOKENIZER.encode(word):
-                raise ValueError(f"--attributes: {word!r} has no tokens, use a word")
             self.register_buffer(f"word_{i}", embed(clip_model, TOKENIZER.encode(word)), persistent=False)
             self.length += n_soft + len(getattr(self, f"word_{i}"))
 

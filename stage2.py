@@ -29,7 +29,7 @@ import losses
 import stage1
 from anchor import AnchorPrompt, load_anchor
 from position import hard_assignment, plot_position_matrix
-from prompts import BASELINES, TEMPLATES, build_learner, clip, load_clip
+from prompts import BASELINES, TEMPLATES, build_learner, clip, encode_image, load_clip
 
 ENCODE_BATCH = 256                 # images that the frozen CLIP encodes at a time
 
@@ -77,7 +77,7 @@ def train(learner, images, settings, seed, checkpoint, anchor_features=None, anc
             x_chunk, y_chunk = x_chunk.to(device, non_blocking=True), y_chunk.to(device, non_blocking=True)
             if needs_features:                                  # the frozen image tower, in large batches (exact)
                 with torch.no_grad():
-                    f_chunk = clip_model.encode_image(x_chunk).float()
+                    f_chunk = encode_image(clip_model, x_chunk).float()
             for at in range(0, len(y_chunk), batch_size):
                 x, y = x_chunk[at:at + batch_size], y_chunk[at:at + batch_size]
                 f = f_chunk[at:at + batch_size] if needs_features else None
