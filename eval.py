@@ -1,6 +1,7 @@
 """Evaluation: the inference rule, accuracy and harmonic mean, the folders that runs live in, and tables of them.
 
     python eval.py output/                                     all runs found there, without training
+    python eval.py --summary final output/                     a row per run, with standard deviations
     python eval.py RUN --dataset caltech101 dtd --root $DATA   a learnt prompt on other datasets (Tabs. 2 and 4)
     python eval.py --table 1 output/                           the runs as a table of the paper, beside its figures
     python eval.py --figure 4 output/                          the learnt position matrices
@@ -13,11 +14,14 @@ for unknown novel ones. Table S1's four rows are: anchor, normal, ensemble, and 
 import argparse
 import contextlib
 import csv
+import hashlib
 import json
 import math
 import os
 import pathlib
+import pickle
 import shlex
+import statistics
 import sys
 import urllib.parse
 from typing import NamedTuple
@@ -93,11 +97,12 @@ def evaluate(learner, features, labels, anchor_features=None, known=True, images
     return result
 
 
-def evaluate_items(learner, settings, items, anchor_tokens=None, known=True, test_sets=None, workers=0, test_batch=None):
+def evaluate_items(learner, settings, items, anchor_tokens=None, known=True, test_sets=None, workers=0, test_batch=None,
+                   cache=None):
     """`evaluate` from a list of `data.Item`s: prepares the frozen features, once for all runs that share `test_sets`.
 
     anchor_tokens (N, d_t): of the run, or None. test_sets: a dict that keeps features between calls, or None.
-    test_batch: None for the paper's 100 (MaPLe 200).
+    test_batch: None for the paper's 100 (MaPLe 200). cache: a folder that keeps features between runs, or None.
     """
     clip_model, test_sets = learner.clip_model, {} if test_sets is None else test_sets
     maple = settings["baseline"] == "maple"
@@ -105,13 +110,35 @@ def evaluate_items(learner, settings, items, anchor_tokens=None, known=True, tes
     images = data.Images(items, data.test_transform(clip_model.visual.input_resolution))
     key = tuple(items)
     if key not in test_sets:
-        test_sets[key] = image_features(clip_model, data.batches(images, range(len(items)), 256, workers))
+        test_sets[key] = frozen_features(clip_model, settings["clip"], images, workers, cache)
     features, labels = test_sets[key]
     anchors = None
     if anchor_tokens is not None:
         anchors = anchor_features(clip_model, learner.class_names, anchor_tokens, settings)
     pixels = data.batches(images, range(len(items)), test_batch, workers) if maple else None
     return evaluate(learner, features, labels, anchors, known, pixels, test_batch)
+
+
+def frozen_features(clip_model, identity, images, workers=0, cache=None):
+    """`image_features` of a `data.Images` in test mode; read from the folder `cache` where they stand there.
+
+    A file's name is a digest of the CLIP (`prompts.clip_identity`), its precision, the transform, and path, size, time
+    and label of every image, so a stale or damaged file is never used. The toy world is drawn, and not kept.
+    """
+    batches, path = data.batches(images, range(len(images)), 256, workers), None
+    if cache and all(isinstance(item.source, str) for item in images.items):
+        stamps = [(item.source, os.stat(item.source).st_size, os.stat(item.source).st_mtime_ns, item.label) for item in images.items]
+        digest = hashlib.sha256(repr((identity, clip_model.dtype, images.transform, stamps)).encode()).hexdigest()
+        path = pathlib.Path(cache) / f"{digest[:32]}.pt"
+        with contextlib.suppress(OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
+            kept = torch.load(path, map_location=clip_model.logit_scale.device, weights_only=True)
+            if kept["digest"] == digest:
+                return kept["features"], kept["labels"]
+    features, labels = image_features(clip_model, batches)
+    if path:
+        with written_aside(path) as aside:
+            torch.save({"digest": digest, "features": features, "labels": labels}, aside)
+    return features, labels
 
 
 # ------------------------------------------------------------------------------------------- settings and folders
@@ -396,7 +423,7 @@ def evaluate_run(folder, dataset, args, clips):
     clip_model, test_sets = clips[key]
     learner, anchor_tokens = load_learner(folder / "prompt.pt", saved, clip_model, args.class_chunk)
     accuracy = evaluate_items(learner.set_classes(dataset.class_names), settings | {"class_chunk": args.class_chunk},
-                              dataset.test, anchor_tokens, known, test_sets, args.workers, args.test_batch)
+                              dataset.test, anchor_tokens, known, test_sets, args.workers, args.test_batch, args.feature_cache)
     result = {"dataset": settings["dataset"], "target": target, "run": folder.resolve().parent.name, "seed": saved["seed"],
               "prompt": sha256(folder / "prompt.pt")[:8], "settings": settings, "accuracy": accuracy, "known": known,
               "classes": len(dataset.class_names), "images": len(dataset.test)}
@@ -489,6 +516,24 @@ def results_table(results):
     return lines
 
 
+def summary_table(results, reading):
+    """One row per group of seeds: base, novel and HM of one reading, mean and standard deviation over seeds, as Markdown.
+
+    The mean HM is that of the mean base and mean novel; its deviation is that of the seeds' own HMs.
+    """
+    groups, rows = {}, []
+    for result in results:
+        if reading in result["base"] and result["novel"]:
+            groups.setdefault((result["dataset"], result["run"]), []).append(result)
+    for (dataset, run), seeds in groups.items():
+        base, novel = ([seed[side][reading] for seed in seeds] for side in ("base", "novel"))
+        hm = [harmonic_mean(b, n) for b, n in zip(base, novel)]
+        spread = [f" ± {statistics.stdev(values):.2f}" if len(seeds) > 1 else "" for values in (base, novel, hm)]
+        centre = (mean(base), mean(novel), harmonic_mean(mean(base), mean(novel)))
+        rows.append([f"{dataset}, {run}", *(two_digits(c) + s for c, s in zip(centre, spread)), str(len(seeds))])
+    return markdown_table([f"run ({reading})", "base", "novel", "HM", "seeds"], rows)
+
+
 def with_hm(values):
     """Adds HM, of the averaged base and novel as the paper does, where there are both."""
     return values | ({"hm": harmonic_mean(values["base"], values["novel"])} if "novel" in values else {})
@@ -498,8 +543,8 @@ TOY_WARNING = ("These are figures of the toy world: they check the machinery and
                "the paper's claims.")
 
 
-def print_table(results):
-    print("\n".join(results_table(results)))
+def print_table(results, summary=None):
+    print("\n".join(summary_table(results, summary) if summary else results_table(results)))
     if any(result["dataset"] == "toy" for result in results):
         print(f"\n{TOY_WARNING}")
 
@@ -746,6 +791,7 @@ def parse(argv):
     group = parser.add_argument_group("what to do (default: list all runs found)").add_mutually_exclusive_group()
     group.add_argument("--dataset", nargs="+", metavar="NAME", help="evaluate learnt prompts on all classes of these datasets")
     group.add_argument("--table", type=str.upper, choices=list(TABLES), help="collect the runs into this table of the paper")
+    group.add_argument("--summary", choices=READINGS, help="a row per run with the standard deviation over seeds")
     group.add_argument("--figure", choices=["4"], help="draw the learnt position matrices")
     group = parser.add_argument_group("tables and figures")
     group.add_argument("--on", metavar="NAME", help="with --table: the runs on this dataset instead (default: the paper's)")
@@ -762,6 +808,7 @@ def parse(argv):
     group.add_argument("--workers", type=int, help="processes that load images (default: 8 or fewer on a GPU, else 0)")
     group.add_argument("--test-batch", type=int,
                        help="test images at a time where prompts depend on them (default: 100; maple 200)")
+    group.add_argument("--feature-cache", metavar="DIR", help="keep the frozen CLIP's test features here (default: nowhere)")
     group.add_argument("--overwrite", action="store_true", help="evaluate again what is finished (default: skip it)")
     args = parser.parse_args(argv)
     for option, needs in (("on", "table"), ("csv", "table"), ("output", "figure"), ("overwrite", "dataset")):
@@ -789,7 +836,7 @@ def main(argv=None):
         results = load_results(args.paths)
         if not results:
             raise FileNotFoundError(f"no results.json under {', '.join(args.paths)}; train with: python stage2.py --dataset toy")
-        return draw_figure4(results, args.output or "figure4.png") if args.figure else print_table(results)
+        return draw_figure4(results, args.output or "figure4.png") if args.figure else print_table(results, args.summary)
     return run_script("eval.py", run, args.device)
 
 

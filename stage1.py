@@ -155,18 +155,12 @@ def add_arguments(parser):
     group.add_argument("--anchor-weight", type=float, help="factor before Eq. 5 (default: the dataset's row)")
     group = parser.add_argument_group("machine")
     group.add_argument("--clip", help="CLIP's name or a checkpoint (default: ViT-B/16; the toy CLIP for --dataset toy)")
-    group.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    group.add_argument("--device", default=evaluation.default_device(), help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
                        help="of the frozen CLIP (default: float16 on CUDA, else float32)")
     group.add_argument("--class-chunk", type=int, default=0,
                        help="encode this many classes at a time and recompute them backward, to save memory (default: 0, all)")
     group.add_argument("--output", default="output", help="folder that all runs are written to (default: output)")
-
-
-def default_device():
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def use_threads(settings):

@@ -232,7 +232,8 @@ def run_seed(args, settings, seed, dataset, clip_model, test_sets):
             scores[side] = None
             if labels:
                 scores[side] = evaluation.evaluate_items(learner.set_classes(names), settings, data.take(dataset.test, labels),
-                                                         anchor_tokens, side == "base", test_sets, args.workers, args.test_batch)
+                                                         anchor_tokens, side == "base", test_sets, args.workers, args.test_batch,
+                                                         args.feature_cache)
         learner.set_classes(base_names)
         seconds["eval"] = time.perf_counter() - start
 
@@ -306,6 +307,7 @@ def parse(argv):
     group.add_argument("--workers", type=int, help="processes that load images (default: 8 or fewer on a GPU, else 0)")
     group.add_argument("--cache-images", type=float, default=4, metavar="GB", help="keep decoded few-shot images (default: 4)")
     group.add_argument("--test-batch", type=int, help="test images at a time where prompts depend on them (default: 100; maple 200)")
+    group.add_argument("--feature-cache", metavar="DIR", help="keep the frozen CLIP's test features here for other runs (default: nowhere)")
     group.add_argument("--no-plot", action="store_true", help="write no position.png")
     group.add_argument("--overwrite", action="store_true", help="run again what is finished (default: skip it)")
     args = parser.parse_args(argv)

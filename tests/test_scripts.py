@@ -136,6 +136,20 @@ def test_every_ablation_switch_runs_in_a_folder_of_its_own(tmp_path, switch):
         assert all(f"{key.removeprefix('--').replace('-', '_')}=" in name for key in switch if key.startswith("--"))
 
 
+@pytest.mark.parametrize("baseline", ["coop", "cocoop", "maple", "dept"])
+def test_switches_that_only_change_how_it_is_computed_leave_the_figures_within_one_image(tmp_path, baseline):
+    command = ["--baseline", baseline, *QUICK, "--no-plot"]
+    found = []
+    for i, switch in enumerate([[], ["--class-chunk", 7, "--test-batch", 5, "--cache-images", 0]]):
+        assert run(stage2, "--output", tmp_path / str(i), *command, *switch) == 0
+        found.append(results(one_run(tmp_path / str(i))))
+    for side in ("base", "novel"):
+        for reading in evaluation.READINGS:
+            assert abs(found[0][side][reading] - found[1][side][reading]) <= 100 / 48 + 1e-9
+    logs = [list(csv.DictReader(open(one_run(tmp_path / str(i)) / "log.csv"))) for i in range(2)]
+    assert float(logs[0][0]["loss"]) == pytest.approx(float(logs[1][0]["loss"]), rel=1e-4)
+
+
 def test_several_seeds_give_their_mean_and_hm_of_the_means(tmp_path, capsys):
     assert run(stage2, "--output", tmp_path, "--seeds", 1, 2, 3, *QUICK) == 0
     runs = [results(tmp_path / "toy" / "coop-anchoropt,anchor_epochs=1,epochs=1" / f"seed{k}") for k in (1, 2, 3)]
