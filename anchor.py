@@ -66,6 +66,15 @@ RELEASED_GLOBALS = [(Inert, "torch.optim.sgd.SGD"), (Inert, "torch.optim.lr_sche
                     (plain_dict, "collections.defaultdict"), dict]
 
 
+def anchor_in(content):
+    """The anchor tokens of a loaded file, or None, and their settings."""
+    content = content if isinstance(content, dict) else {}
+    if "anchor_tokens" in content:
+        return content["anchor_tokens"], dict(content.get("settings", {}))
+    found = {key: value for key, value in content.get("state_dict", {}).items() if key.startswith("anchor_ctx")}
+    return (torch.cat([found[key] for key in sorted(found)]) if found else None), {}
+
+
 def load_anchor(path):
     """Reads anchor tokens: (tokens (N, d_t) float32 on the CPU, settings dict).
 
@@ -77,24 +86,17 @@ def load_anchor(path):
     try:
         with torch.serialization.safe_globals(RELEASED_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)
+        tokens, settings = anchor_in(content)
     except OSError:
         raise
     except Exception as error:                       # unpicklers fail in many ways on damaged files
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {foreign[1]}, which is not data" if foreign else "damaged, or no torch.save file"
         raise ValueError(f"{path} could not be read as an anchor file, and nothing in it was run: {reason}") from error
-    settings = {}
-    if isinstance(content, dict) and "anchor_tokens" in content:
-        tokens, settings = content["anchor_tokens"], content.get("settings", {})
-    elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        found = {key: value for key, value in content["state_dict"].items() if key.startswith("anchor_ctx")}
-        tokens = torch.cat([found[key] for key in sorted(found)]) if found else None
-    else:
-        tokens = None
     if not torch.is_tensor(tokens) or tokens.dim() != 2 or not torch.isfinite(tokens.float()).all():
         raise ValueError(f"{path} holds no anchor tokens (N, d_t) of finite numbers; "
                          "make an anchor with: python stage1.py --dataset NAME")
-    return tokens.float(), dict(settings)
+    return tokens.float(), settings
 
 
 def nearest_words(tokens, clip_model, k=10):

@@ -339,7 +339,7 @@ def read_json_object(file, advice):
     try:
         with open(file, encoding="utf-8-sig") as f:
             value = json.load(f)
-    except ValueError as error:                                # JSONDecodeError, UnicodeDecodeError
+    except (ValueError, RecursionError) as error:              # JSONDecodeError, UnicodeDecodeError, brackets without end
         raise ValueError(f"{file} is not JSON ({error}); {advice}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a {type(value).__name__}, not a JSON object; {advice}")

@@ -21,6 +21,7 @@ import os
 import pathlib
 import pickle
 import shlex
+import shutil
 import statistics
 import sys
 import urllib.parse
@@ -263,10 +264,42 @@ def written_aside(path):
         yield aside
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:             # torch.save reports a full disk as a RuntimeError
-        raise OSError(f"could not write {path} ({error}); what was finished before is kept: make room or choose "
+        raise OSError(f"could not write {path} ({' '.join(str(error).split())}); what was finished before is kept: make room or choose "
                       "another --output, then run the same command again") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def check_output(output):
+    """Raises OSError where runs could not be written: before anything is learnt, not after."""
+    probe = pathlib.Path(output) / f".probe.{os.getpid()}.part"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(4096))
+        free = shutil.disk_usage(output).free
+    except OSError as error:
+        raise OSError(f"--output {output} cannot be written ({error.strerror or error}); choose another folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    if free < 20 * 2 ** 20:
+        raise OSError(f"--output {output} has {free / 2 ** 20:.1f} MB left on its disk; make room (20 MB) or choose another folder")
+
+
+def load_checkpoint(path, device):
+    """Reads a last.pt, what a stopped run goes on from. Raises ValueError for a damaged one."""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        saved["log"][0]["epoch"]
+        return saved
+    except OSError:
+        raise
+    except Exception as error:                           # unpicklers fail in many ways on damaged files
+        raise damaged_checkpoint(path, error) from error
+
+
+def damaged_checkpoint(path, error):
+    return ValueError(f"{path} is damaged ({type(error).__name__}), so nothing can go on from it; delete it and start again")
 
 
 def save_log(path, rows):
@@ -298,6 +331,8 @@ def locked(folder, wait, what):
                                       "another --output") from error
             print(f"{what}: waiting for the process that is at work on it in {folder}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        for stale in pathlib.Path(folder).glob(".*.part*"):          # of a process that was killed while it wrote
+            stale.unlink(missing_ok=True)
         yield
 
 
@@ -390,7 +425,7 @@ def load_transfer(folder, target):
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         sound, stale = is_accuracies(result["accuracy"]), prompt.exists() and result["prompt"] != sha256(prompt)[:8]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(f"{path} is damaged; make it again: python eval.py {folder} --dataset {target} --overwrite")
@@ -469,7 +504,7 @@ def load_results(paths):
             sound = all(map(is_accuracies, sides)) and result["base"].keys() == sides[-1].keys()
             sound = sound and isinstance(result["settings"], dict) and isinstance(result["seed"], int)
             result |= {"run": path.resolve().parent.parent.name, "folder": path.parent, "dataset": result["dataset"]}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             sound = False
         if not sound:
             raise ValueError(f"{path} is not a results.json of stage2.py; run it again with --overwrite")
@@ -769,13 +804,24 @@ def print_paper_table(args):
 
 # ----------------------------------------------------------------------------------------------- command line
 
+@contextlib.contextmanager
+def said_where(place, log=None, epochs=None):
+    """Ctrl-C inside says where it stopped (see `run_script`): the place, and the epoch behind the last one in the log file."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        done = len(log.read_text().splitlines()) - 1 if log and log.exists() else 0
+        raise KeyboardInterrupt(str(stop) or place + f", epoch {done + 1} of {epochs}" * bool(log)) from None
+
+
 def run_script(name, run, device=None):
     """Runs a script's body; what a user can mend ends in one line on stderr. Returns the exit code."""
     try:
         run()
         return 0
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped; finished epochs are kept, the same command goes on from there", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{name}: stopped{f' in {stop}' if str(stop) else ''}; what was finished is kept, the same command goes on from "
+              f"there: {shlex.join(['python', *sys.argv])}", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
         print(f"{name}: out of memory on {device} ({str(error).split('.')[0]}); lower --test-batch or --batch-size, "

@@ -47,21 +47,25 @@ def learn_anchor(prompt, targets, epochs, steps, lr, weight, variance=0.0, check
     optimizer = torch.optim.SGD([prompt.tokens], lr=lr, momentum=0.9, weight_decay=5e-4)
     log = []
     if checkpoint is not None and os.path.isfile(checkpoint):
-        saved = torch.load(checkpoint, weights_only=True, map_location=prompt.tokens.device)
-        prompt.tokens.data.copy_(saved["tokens"])
-        optimizer.load_state_dict(saved["optimizer"])
+        saved = evaluation.load_checkpoint(checkpoint, prompt.tokens.device)
+        try:
+            prompt.tokens.data.copy_(saved["tokens"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise evaluation.damaged_checkpoint(checkpoint, error) from error
         log = saved["log"]
     bar = tqdm(total=epochs * steps, initial=len(log) * steps, desc="stage I ", unit="step", disable=None)
     for epoch in range(len(log) + 1, epochs + 1):
         start, last_good = time.perf_counter(), prompt.tokens.detach().clone()
         optimizer.param_groups[0]["lr"] = learning_rate(epoch, epochs, lr)
         epoch_losses = []
-        for _ in range(steps):
-            loss = losses.anchor_mse(prompt(), targets)                                         # Eq. 5
-            optimizer.zero_grad()
-            (weight * loss).backward()
-            optimizer.step()
-            epoch_losses.append(loss.detach())
+        with evaluation.said_where(f"Stage I, epoch {epoch} of {epochs}"):
+            for _ in range(steps):
+                loss = losses.anchor_mse(prompt(), targets)                                     # Eq. 5
+                optimizer.zero_grad()
+                (weight * loss).backward()
+                optimizer.step()
+                epoch_losses.append(loss.detach())
         epoch_losses = torch.stack(epoch_losses).cpu()         # read once an epoch: a step waits for nobody
         if not epoch_losses.isfinite().all():
             prompt.tokens.data.copy_(last_good)
@@ -94,6 +98,7 @@ def find_or_learn_anchor(clip_model, class_names, args, settings, seed):
     file, own = folder / "anchor.pt", {key: settings[key] for key in evaluation.ANCHOR_SETTINGS}
     with evaluation.locked(folder, wait=True, what="the anchor"):
         if file.exists():
+            (folder / "last.pt").unlink(missing_ok=True)
             tokens, saved = load_anchor(file)
             check_anchor(file, tokens, saved, settings, clip_model, class_names)
             print(f"anchor found: {file}", flush=True)
@@ -184,6 +189,7 @@ def run(args):
         print(f"note: {note}")
     use_threads(settings)
     labels = data.split_base_novel(dataset.class_names)[0] if settings["classes"] == "base" else range(len(dataset.class_names))
+    evaluation.check_output(args.output)
     clip_model = load_clip(args.clip or settings["clip"], args.device, args.dtype and getattr(torch, args.dtype))
     for seed in args.seeds:
         tokens = find_or_learn_anchor(clip_model, [dataset.class_names[label] for label in labels], args, settings, seed)

@@ -56,9 +56,12 @@ def train(learner, images, settings, seed, checkpoint, anchor_features=None, anc
     state = {"learner": learner, "optimizer": optimizer, **({"anchor_step": anchor_step} if anchor_step else {})}
     log = []
     if os.path.isfile(checkpoint):
-        saved = torch.load(checkpoint, weights_only=True, map_location=device)
-        for key, part in state.items():
-            part.load_state_dict(saved[key])
+        saved = evaluation.load_checkpoint(checkpoint, device)
+        try:
+            for key, part in state.items():
+                part.load_state_dict(saved[key])
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise evaluation.damaged_checkpoint(checkpoint, error) from error
         log = saved["log"]
         print(f"going on after epoch {len(log)}", flush=True)
 
@@ -164,6 +167,7 @@ def run_seed(args, settings, seed, dataset, clip_model, test_sets):
             result = evaluation.load_results([folder / "results.json"])[0]
             if result["settings"] != settings:
                 raise ValueError(f"{folder} holds a run with other settings; choose another --output, or --overwrite")
+            (folder / "last.pt").unlink(missing_ok=True)
             print(f"finished already: {folder} (--overwrite to run it again)", flush=True)
             return result
         if args.overwrite:
@@ -218,7 +222,8 @@ def run_seed(args, settings, seed, dataset, clip_model, test_sets):
                 anchor_step.follow()
             elif anchor_tokens is not None:
                 features = evaluation.anchor_features(clip_model, base_names, anchor_tokens, settings)
-            train(learner, (train_items, decoded), settings, seed, folder / "last.pt", features, anchor_step, args.workers)
+            with evaluation.said_where("Stage II", folder / "log.csv", settings["epochs"]):
+                train(learner, (train_items, decoded), settings, seed, folder / "last.pt", features, anchor_step, args.workers)
         seconds["stage2"] = time.perf_counter() - start
         with evaluation.written_aside(folder / "prompt.pt") as aside:
             torch.save({"state": learner.state_dict(), "settings": settings, "class_names": base_names, "seed": seed}, aside)
@@ -231,9 +236,10 @@ def run_seed(args, settings, seed, dataset, clip_model, test_sets):
         for side, labels, names in (("base", base, base_names), ("novel", novel, novel_names)):
             scores[side] = None
             if labels:
-                scores[side] = evaluation.evaluate_items(learner.set_classes(names), settings, data.take(dataset.test, labels),
-                                                         anchor_tokens, side == "base", test_sets, args.workers, args.test_batch,
-                                                         args.feature_cache)
+                with evaluation.said_where(f"the evaluation of seed {seed}"):
+                    scores[side] = evaluation.evaluate_items(
+                        learner.set_classes(names), settings, data.take(dataset.test, labels), anchor_tokens, side == "base",
+                        test_sets, args.workers, args.test_batch, args.feature_cache)
         learner.set_classes(base_names)
         seconds["eval"] = time.perf_counter() - start
 
@@ -328,6 +334,7 @@ def run(args):
                          "use --template anchoropt with any of coop, cocoop, maple, dept")
     dataset = data.load_dataset(args.dataset, args.root, args.seeds[0])
     settings = evaluation.resolve(args, evaluation.default_settings(args.dataset, args.baseline, args.template, args.one_stage))
+    evaluation.check_output(args.output)
     stage1.use_threads(settings)
     dtype, test_sets, results = args.dtype and getattr(torch, args.dtype), {}, []
     clip_model = functools.cache(lambda: load_clip(args.clip or settings["clip"], args.device, dtype))

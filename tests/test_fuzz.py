@@ -473,6 +473,22 @@ def check_checkpoints_that_go_on(path, content, call, *counts):
     check_checkpoints(path, content, on_a_copy, *counts)
 
 
+def test_a_damaged_file_of_kept_features_is_made_again_and_never_believed(tmp_path, tree):
+    images = data.Images(data.load_dataset("dtd", tree).test, data.test_transform(32))
+    features, labels = evaluation.frozen_features(MODEL, "tiny", images, cache=tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+
+    def check(content):
+        path.write_bytes(content)
+        again = evaluation.frozen_features(MODEL, "tiny", images, cache=tmp_path)
+        assert torch.equal(again[0], features) and torch.equal(again[1], labels)
+        assert list(tmp_path.iterdir()) == [path]
+    for size in cut_sizes(whole, 200):
+        check(whole[:size])
+    cases(60)(given(damaged(whole))(check))()
+
+
 def test_clip_checkpoints(tmp_path):
     """A loaded CLIP also takes a prompt: no vocabulary, width or context length may be found wrong later."""
     path, state = tmp_path / "clip.pt", dict(tiny_clip(layers=1, width=64).state_dict())
@@ -507,6 +523,13 @@ def test_damaged_files_end_whole_scripts_in_one_line_and_do_no_harm_when_mended(
         assert not run()[0]
         path.write_bytes(whole)
     assert main_survives(stage2, "stage2.py", argv)[0]
+
+
+@pytest.mark.parametrize("option", ["--seeds -1", "--seeds 99999999999999999999", "--class-chunk -1", "--test-batch 0", "--workers -1",
+                                    "--device meta", "--device gpu", "--cache-images -1", "--cache-images nan"])
+def test_options_out_of_range_are_named(tmp_path, world, option):
+    code, _, err = outcome(lambda: stage2.main(["--output", str(tmp_path), *command(world), *option.split()]))
+    assert code == 2 and option.split()[0].strip("-").split("-")[0] in err and err.count("\n") == 1, err
 
 
 def test_anchors_of_others_end_stage2_in_its_table_or_one_line(tmp_path, world):

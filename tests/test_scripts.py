@@ -27,14 +27,21 @@ WHOLE_TOY = data.toy_dataset
 ANCHOROPT = [("coop", []), ("cocoop", []), ("maple", []), ("dept", [])]
 
 
+LOAD_TOY_ONCE = functools.cache(lambda device, dtype: prompts.load_clip("toy", device, dtype))
+
+
 @pytest.fixture(autouse=True)
 def small_toy(monkeypatch):
-    """Few images a class: the whole path in about a second."""
+    """Few images a class, and one frozen toy CLIP for all runs: the whole path in about a second."""
+    def load_clip(name, device="cpu", dtype=None):
+        return LOAD_TOY_ONCE(device, dtype) if name == "toy" and device == "cpu" else prompts.load_clip(name, device, dtype)
     monkeypatch.setattr(data, "toy_dataset", functools.partial(WHOLE_TOY, n_train=4, n_val=1, n_test=2))
+    monkeypatch.setattr(stage1, "load_clip", load_clip)
+    monkeypatch.setattr(stage2, "load_clip", load_clip)
 
 
-def run(script, *argv):
-    return script.main([str(word) for word in argv])
+def run(script, *argv, plot=False):
+    return script.main([str(word) for word in argv] + ["--no-plot"] * (script is stage2 and not plot))
 
 
 def results(folder):
@@ -49,7 +56,7 @@ def one_run(output):
 # ------------------------------------------------------------------------------------------------ the main job
 
 def test_stage2_runs_stage1_first_and_leaves_what_the_readme_names(tmp_path, capsys):
-    assert run(stage2, "--output", tmp_path, *QUICK) == 0
+    assert run(stage2, "--output", tmp_path, *QUICK, plot=True) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "toy" / "coop-anchoropt,anchor_epochs=1,epochs=1" / "seed1"
     assert "no anchor at" in out and "Stage I done" in out and evaluation.TOY_WARNING in out
@@ -78,7 +85,7 @@ def test_stage2_runs_stage1_first_and_leaves_what_the_readme_names(tmp_path, cap
 def test_the_same_seed_twice_gives_the_same_figures_bit_for_bit(tmp_path):
     for baseline, _ in ANCHOROPT:
         for output in ("a", "b"):
-            assert run(stage2, "--output", tmp_path / output / baseline, "--baseline", baseline, *QUICK, "--no-plot") == 0
+            assert run(stage2, "--output", tmp_path / output / baseline, "--baseline", baseline, *QUICK) == 0
         a, b = (one_run(tmp_path / output / baseline) for output in ("a", "b"))
         first, second = results(a), results(b)
         for volatile in ("seconds", "environment"):
@@ -138,7 +145,7 @@ def test_every_ablation_switch_runs_in_a_folder_of_its_own(tmp_path, switch):
 
 @pytest.mark.parametrize("baseline", ["coop", "cocoop", "maple", "dept"])
 def test_switches_that_only_change_how_it_is_computed_leave_the_figures_within_one_image(tmp_path, baseline):
-    command = ["--baseline", baseline, *QUICK, "--no-plot"]
+    command = ["--baseline", baseline, *QUICK]
     found = []
     for i, switch in enumerate([[], ["--class-chunk", 7, "--test-batch", 5, "--cache-images", 0]]):
         assert run(stage2, "--output", tmp_path / str(i), *command, *switch) == 0

@@ -1,0 +1,87 @@
+"""What the README says is there: every function that it names beside a file, and every command that it shows."""
+
+import importlib
+import pathlib
+import re
+import shlex
+
+import pytest
+
+import eval as evaluation
+import stage1
+import stage2
+
+ROOT = pathlib.Path(stage2.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def named_functions():
+    """(function, file) of every table row whose last cell names files."""
+    pairs = []
+    for line in README.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        files = re.findall(r"`(\w+)\.py`", cells[-1])
+        if len(cells) == 3 and files:
+            pairs += [(name, files) for name in re.findall(r"`(\w+)`", cells[1])]
+    return pairs
+
+
+def test_every_function_that_the_readme_names_stands_where_it_says():
+    pairs = named_functions()
+    assert len(pairs) > 30
+    for name, files in pairs:
+        modules = [importlib.import_module(file) for file in files]
+        found = [module for module in modules if hasattr(module, name) or
+                 any(hasattr(value, name) for value in vars(module).values() if isinstance(value, type))]
+        assert found, f"README: `{name}` is not in {files}"
+
+
+def test_every_numbered_equation_is_in_the_readme_and_in_the_docstring_of_its_function():
+    for number in range(1, 13):
+        rows = [line for line in README.splitlines() if line.startswith("| Eq") and
+                re.search(rf"\b{number}\b|8-9" if number in (8, 9) else rf"\b{number}\b", line.split("|")[1])]
+        assert rows, f"Eq. {number}"
+        names = re.findall(r"`(\w+)`", rows[0].split("|")[2])
+        files = re.findall(r"`(\w+)\.py`", rows[0])
+        texts = [getattr(importlib.import_module(file), name).__doc__ for name in names for file in files
+                 if hasattr(importlib.import_module(file), name)]
+        assert any(re.search(rf"Eqs?\. ?(\d+-)?{number}\b|Eqs\. 8-9", text) for text in texts), f"Eq. {number}: {names}"
+
+
+def commands():
+    """Every `python X.py ...` of the README, without shell placeholders, as (script, arguments)."""
+    found = []
+    for script, rest in re.findall(r"python (stage1|stage2|eval|data)\.py([^`\n|]*)", README):
+        rest = re.split(r" #|\\$|'|&&", rest)[0]
+        if "{" not in rest:
+            found.append((script, shlex.split(rest.replace("$DATA", "/data"))))
+    return found
+
+
+def test_the_readme_shows_commands():
+    assert len(commands()) > 15
+
+
+@pytest.mark.parametrize("script, argv", commands(), ids=lambda value: " ".join(value) if isinstance(value, list) else value)
+def test_every_command_that_the_readme_shows_is_understood(script, argv, monkeypatch):
+    called = []
+    for module in (stage1, stage2):
+        monkeypatch.setattr(module, "run", lambda args: called.append(args))
+    if script == "stage1":
+        stage1.main(argv)
+    elif script == "stage2":
+        stage2.main(argv)
+    elif script == "eval":
+        called.append(evaluation.parse(argv))
+    else:
+        import data
+        monkeypatch.setattr(data, "inventory", lambda root: called.append(root))
+        monkeypatch.setattr(data, "describe", lambda *a: called.append(a))
+        data.main(argv)
+    assert len(called) == 1
+
+
+def test_files_that_the_readme_names_exist():
+    names = set(re.findall(r"`((?:assets|tests)/[\w./]+\.\w+)`|\]\((assets/[\w.]+)\)", README))
+    for name in {a or b for a, b in names}:
+        assert (ROOT / name).exists(), name
