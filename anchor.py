@@ -5,6 +5,7 @@ freezes them. Needs `prompts.py` (and so `position.py`) beside this file.
 """
 
 import re
+import zipfile
 
 import torch
 import torch.nn as nn
@@ -66,13 +67,18 @@ RELEASED_GLOBALS = [(Inert, "torch.optim.sgd.SGD"), (Inert, "torch.optim.lr_sche
                     (plain_dict, "collections.defaultdict"), dict]
 
 
-def anchor_in(content):
-    """The anchor tokens of a loaded file, or None, and their settings."""
-    content = content if isinstance(content, dict) else {}
-    if "anchor_tokens" in content:
-        return content["anchor_tokens"], dict(content.get("settings", {}))
-    found = {key: value for key, value in content.get("state_dict", {}).items() if key.startswith("anchor_ctx")}
-    return (torch.cat([found[key] for key in sorted(found)]) if found else None), {}
+def read_as_data(path, device="cpu"):
+    """`torch.load` as data, never code, after a look at the checksums. Raises OSError, or ValueError for a damaged or foreign file."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():                   # torch.load itself takes a flipped bit for another number
+                    raise ValueError("damaged: its checksums differ")
+        return torch.load(path, map_location=device, weights_only=True)
+    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:                          # unpicklers fail in many ways on damaged files
+        raise ValueError(str(error).strip().split("\n")[0][:160] or type(error).__name__) from error
 
 
 def load_anchor(path):
@@ -85,18 +91,25 @@ def load_anchor(path):
     """
     try:
         with torch.serialization.safe_globals(RELEASED_GLOBALS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        tokens, settings = anchor_in(content)
-    except OSError:
-        raise
-    except Exception as error:                       # unpicklers fail in many ways on damaged files
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
+            content = read_as_data(path)
+    except ValueError as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error.__cause__))
         reason = f"it asks for {foreign[1]}, which is not data" if foreign else "damaged, or no torch.save file"
         raise ValueError(f"{path} could not be read as an anchor file, and nothing in it was run: {reason}") from error
-    if not torch.is_tensor(tokens) or tokens.dim() != 2 or not torch.isfinite(tokens.float()).all():
+    parts, settings = [], {}
+    if isinstance(content, dict) and "anchor_tokens" in content:
+        parts, settings = [content["anchor_tokens"]], content.get("settings", {})
+    elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        found = {key: value for key, value in content["state_dict"].items() if str(key).startswith("anchor_ctx")}
+        parts = [found[key] for key in sorted(found, key=lambda key: (len(key), key))]         # _2 before _10
+
+    def sound(part):
+        return torch.is_tensor(part) and part.layout == torch.strided and part.device.type == "cpu" \
+            and part.is_floating_point() and part.dim() == 2 and part.numel() and part.isfinite().all()
+    if not parts or not all(map(sound, parts)) or len({part.shape[1] for part in parts}) > 1 or not isinstance(settings, dict):
         raise ValueError(f"{path} holds no anchor tokens (N, d_t) of finite numbers; "
                          "make an anchor with: python stage1.py --dataset NAME")
-    return tokens.float(), settings
+    return torch.cat(parts).float(), settings
 
 
 def nearest_words(tokens, clip_model, k=10):

@@ -339,7 +339,7 @@ def read_json_object(file, advice):
     try:
         with open(file, encoding="utf-8-sig") as f:
             value = json.load(f)
-    except (ValueError, RecursionError) as error:              # JSONDecodeError, UnicodeDecodeError, brackets without end
+    except (ValueError, RecursionError) as error:              # JSONDecodeError, UnicodeDecodeError, a million brackets
         raise ValueError(f"{file} is not JSON ({error}); {advice}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a {type(value).__name__}, not a JSON object; {advice}")
@@ -687,14 +687,14 @@ def inventory(root):
         try:
             _, class_names, train, _, test, notes = load_dataset(name, root)
         except (ValueError, OSError) as error:
-            print(f"{name:16}-      {error}", flush=True)
+            print(f"{name:16}-      {' '.join(str(error).split())}", flush=True)
             continue
         described = "descriptions found" if train else "test only"
         try:
             if train:
                 load_descriptions(default_descriptions(name), class_names)
         except (ValueError, OSError) as error:
-            described = "no descriptions" if isinstance(error, FileNotFoundError) else str(error)
+            described = "no descriptions" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         base, novel = split_base_novel(class_names)
         print(f"{name:16}found  {len(class_names):4} classes ({len(base)} base, {len(novel)} novel)  {len(train):7} train  "
               f"{len(test):6} test images  {described}", *(f" [{note.split(': ', 1)[1]}]" for note in notes), flush=True)
@@ -785,7 +785,7 @@ def main(argv=None):
         else:
             inventory(data_root(args.root))
     except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
+        print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import shlex
 import shutil
 import statistics
@@ -31,7 +30,7 @@ import torch
 
 import data
 import losses
-from anchor import AnchorPrompt
+from anchor import AnchorPrompt, read_as_data
 from position import plot_position_matrix
 from prompts import TEMPLATES, build_learner, clip_identity, encode_image, load_clip, sha256
 
@@ -131,8 +130,8 @@ def frozen_features(clip_model, identity, images, workers=0, cache=None):
         stamps = [(item.source, os.stat(item.source).st_size, os.stat(item.source).st_mtime_ns, item.label) for item in images.items]
         digest = hashlib.sha256(repr((identity, clip_model.dtype, images.transform, stamps)).encode()).hexdigest()
         path = pathlib.Path(cache) / f"{digest[:32]}.pt"
-        with contextlib.suppress(OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
-            kept = torch.load(path, map_location=clip_model.logit_scale.device, weights_only=True)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = read_as_data(path, clip_model.logit_scale.device)
             if kept["digest"] == digest:
                 return kept["features"], kept["labels"]
     features, labels = image_features(clip_model, batches)
@@ -219,6 +218,10 @@ def resolve(args, defaults):
         if key in ("descriptions", "anchor") and not os.path.isfile(value):
             raise FileNotFoundError(f"{option(key)} {value} does not exist")
         settings[key] = clip_identity(value) if key in ("clip", "descriptions", "anchor") else value
+    for key, least in (("seeds", 0), ("class_chunk", 0), ("workers", 0), ("test_batch", 1), ("cache_images", 0)):
+        given = getattr(args, key, None)
+        if given is not None and not all(least <= value < 2 ** 31 for value in (given if isinstance(given, list) else [given])):
+            raise ValueError(f"{option(key)} must be at least {least} and below 2^31, got {given}")
     for key, value in settings.items():
         if isinstance(value, (int, float)) and not (math.isfinite(value) and (value > 0 if key in POSITIVE else value >= 0)):
             raise ValueError(f"{option(key)} must be {'positive' if key in POSITIVE else 'at least 0'}, got {value}")
@@ -282,24 +285,35 @@ def check_output(output):
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-    if free < 20 * 2 ** 20:
-        raise OSError(f"--output {output} has {free / 2 ** 20:.1f} MB left on its disk; make room (20 MB) or choose another folder")
+    if free < 2 ** 20:
+        raise OSError(f"--output {output} has less than 1 MB left on its disk; make room or choose another folder")
 
 
-def load_checkpoint(path, device):
-    """Reads a last.pt, what a stopped run goes on from. Raises ValueError for a damaged one."""
+def resume(path, parts, device="cpu"):
+    """Puts the parts (name -> what has load_state_dict) back to the last finished epoch. Returns the log, [] for no file.
+
+    Raises ValueError for a file that is damaged or of another run; the parts are then to be thrown away.
+    """
+    if not os.path.isfile(path):
+        return []
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        saved["log"][0]["epoch"]
-        return saved
-    except OSError:
+        saved = read_as_data(path, device)
+        for key, part in parts.items():
+            groups = [dict(group) for group in getattr(part, "param_groups", [])]
+            part.load_state_dict(saved[key])
+            for group, own in zip(getattr(part, "param_groups", []), groups):       # numbers of the command, not of the file
+                group.update(own)
+            for p, state in getattr(part, "state", {}).items():
+                if not all(torch.is_tensor(value) and value.shape == p.shape for value in state.values()):
+                    raise ValueError("a momentum of another shape")
+        if [row["epoch"] for row in saved["log"]] != list(range(1, len(saved["log"]) + 1)) or len(set(map(tuple, saved["log"]))) > 1:
+            raise ValueError("epochs are missing")
+        return saved["log"]
+    except (PermissionError, torch.OutOfMemoryError):
         raise
-    except Exception as error:                           # unpicklers fail in many ways on damaged files
-        raise damaged_checkpoint(path, error) from error
-
-
-def damaged_checkpoint(path, error):
-    return ValueError(f"{path} is damaged ({type(error).__name__}), so nothing can go on from it; delete it and start again")
+    except Exception as error:                        # load_state_dict fails in many ways, too
+        raise ValueError(f"{path}, which keeps the finished epochs, is damaged or of another run "
+                         f"({' '.join(str(error).split())[:160]}); delete it to begin anew") from error
 
 
 def save_log(path, rows):
@@ -314,16 +328,18 @@ def save_log(path, rows):
 def locked(folder, wait, what):
     """Holds an operating-system lock on a folder, which dies with its process, however that ends.
 
-    wait: another process that holds it is waited for; else BlockingIOError says that it is at work.
+    wait: another process that holds it is waited for; else BlockingIOError says that it is at work. Raises
+    OSError where the folder cannot be written to: before anything is learnt.
     """
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    folder = pathlib.Path(folder)
     try:
-        import fcntl
-    except ImportError:                                  # no such locks on Windows: run one process at a time
-        yield
-        return
-    with open(pathlib.Path(folder) / ".lock", "w") as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}); mend that, or choose another --output") from error
+    with file:
         try:
+            import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if not wait:
@@ -331,8 +347,10 @@ def locked(folder, wait, what):
                                       "another --output") from error
             print(f"{what}: waiting for the process that is at work on it in {folder}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        for stale in pathlib.Path(folder).glob(".*.part*"):          # of a process that was killed while it wrote
-            stale.unlink(missing_ok=True)
+        except (ImportError, OSError):                   # Windows, and file systems without such locks
+            print(f"note: no file locks in {folder}: start only one process for a run", flush=True)
+        for litter in folder.glob(".*.part*"):           # of processes that were killed while they wrote
+            litter.unlink(missing_ok=True)
         yield
 
 
@@ -342,11 +360,9 @@ def load_prompt(path, device="cpu"):
     Raises FileNotFoundError, or ValueError for a file that is damaged or something else.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:                        # unpicklers fail in many ways on damaged files
-        raise ValueError(f"{path} could not be read ({type(error).__name__}); train it again with --overwrite") from error
+        content = read_as_data(path, device)
+    except ValueError as error:
+        raise ValueError(f"{path} could not be read ({error}); train it again with --overwrite") from error
     kinds = {"state": dict, "settings": dict, "class_names": list, "seed": int}
     if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()) \
             or not {"dataset", "baseline", "template", "clip", "dtype", "classes"} <= set(content["settings"]):
@@ -503,8 +519,9 @@ def load_results(paths):
             sides = [side for side in (result["base"], result["novel"]) if side is not None]
             sound = all(map(is_accuracies, sides)) and result["base"].keys() == sides[-1].keys()
             sound = sound and isinstance(result["settings"], dict) and isinstance(result["seed"], int)
+            sound = sound and isinstance(result["dataset"], str)
             result |= {"run": path.resolve().parent.parent.name, "folder": path.parent, "dataset": result["dataset"]}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             sound = False
         if not sound:
             raise ValueError(f"{path} is not a results.json of stage2.py; run it again with --overwrite")
@@ -804,14 +821,12 @@ def print_paper_table(args):
 
 # ----------------------------------------------------------------------------------------------- command line
 
-@contextlib.contextmanager
-def said_where(place, log=None, epochs=None):
-    """Ctrl-C inside says where it stopped (see `run_script`): the place, and the epoch behind the last one in the log file."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        done = len(log.read_text().splitlines()) - 1 if log and log.exists() else 0
-        raise KeyboardInterrupt(str(stop) or place + f", epoch {done + 1} of {epochs}" * bool(log)) from None
+_at_work_on = ["the preparation"]
+
+
+def at_work_on(what):
+    """Tells `run_script` what a Ctrl-C stops from here on."""
+    _at_work_on[0] = what
 
 
 def run_script(name, run, device=None):
@@ -819,9 +834,9 @@ def run_script(name, run, device=None):
     try:
         run()
         return 0
-    except KeyboardInterrupt as stop:
-        print(f"\n{name}: stopped{f' in {stop}' if str(stop) else ''}; what was finished is kept, the same command goes on from "
-              f"there: {shlex.join(['python', *sys.argv])}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\n" * sys.stderr.isatty() + f"{name}: stopped in {_at_work_on[0]}; finished epochs are kept, the same command "
+              f"goes on from there: {shlex.join(['python', *sys.argv])}", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
         print(f"{name}: out of memory on {device} ({str(error).split('.')[0]}); lower --test-batch or --batch-size, "

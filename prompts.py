@@ -50,7 +50,7 @@ def load_clip(name_or_path, device="cpu", dtype=None):
     is not a CLIP or a device that is not there. Files are read as data: no pickled code of theirs is ever run.
     """
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from error
     if name_or_path == "toy":
@@ -74,9 +74,8 @@ def load_clip(name_or_path, device="cpu", dtype=None):
 
 def clip_identity(name_or_path):
     """A short name that two CLIPs share only if they are the same: the name, or file-<SHA-256's start>."""
-    if not os.path.isfile(name_or_path):
-        return str(name_or_path)
-    return f"{pathlib.Path(name_or_path).stem}-{sha256(name_or_path)[:8]}"
+    path = pathlib.Path(name_or_path)
+    return f"{path.stem}-{sha256(path)[:8]}" if path.is_file() else str(name_or_path)
 
 
 def sha256(path):
@@ -114,9 +113,10 @@ def _load_checkpoint(path):
                 raise ValueError(f"a TorchScript file, but none of OpenAI's (SHA-256 {sha256(path)})")
             if holds_code:
                 return clip.load(path, device="cpu", jit=False)[0]
-        return clip.model.build_model(dict(torch.load(path, map_location="cpu", weights_only=True)))
-    except OSError:
-        raise
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        if len(state["token_embedding.weight"]) != len(TOKENIZER.encoder):
+            raise ValueError("a token table of another vocabulary")
+        return clip.model.build_model(state)
     except Exception as error:           # unpicklers and build_model fail in many ways on a foreign file
         reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
         raise ValueError(f"{path} is not the state dict of a CLIP ({reason}); expected what torch.save("

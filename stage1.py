@@ -11,7 +11,6 @@ stage2.py runs this by itself where the anchor is missing.
 
 import argparse
 import math
-import os
 import sys
 import time
 
@@ -45,27 +44,20 @@ def learn_anchor(prompt, targets, epochs, steps, lr, weight, variance=0.0, check
     finite, with the tokens put back to the last good epoch.
     """
     optimizer = torch.optim.SGD([prompt.tokens], lr=lr, momentum=0.9, weight_decay=5e-4)
-    log = []
-    if checkpoint is not None and os.path.isfile(checkpoint):
-        saved = evaluation.load_checkpoint(checkpoint, prompt.tokens.device)
-        try:
-            prompt.tokens.data.copy_(saved["tokens"])
-            optimizer.load_state_dict(saved["optimizer"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise evaluation.damaged_checkpoint(checkpoint, error) from error
-        log = saved["log"]
+    state = {"prompt": prompt, "optimizer": optimizer}
+    log = [] if checkpoint is None else evaluation.resume(checkpoint, state, prompt.tokens.device)
     bar = tqdm(total=epochs * steps, initial=len(log) * steps, desc="stage I ", unit="step", disable=None)
     for epoch in range(len(log) + 1, epochs + 1):
+        evaluation.at_work_on(f"Stage I, epoch {epoch} of {epochs}")
         start, last_good = time.perf_counter(), prompt.tokens.detach().clone()
         optimizer.param_groups[0]["lr"] = learning_rate(epoch, epochs, lr)
         epoch_losses = []
-        with evaluation.said_where(f"Stage I, epoch {epoch} of {epochs}"):
-            for _ in range(steps):
-                loss = losses.anchor_mse(prompt(), targets)                                     # Eq. 5
-                optimizer.zero_grad()
-                (weight * loss).backward()
-                optimizer.step()
-                epoch_losses.append(loss.detach())
+        for _ in range(steps):
+            loss = losses.anchor_mse(prompt(), targets)                                         # Eq. 5
+            optimizer.zero_grad()
+            (weight * loss).backward()
+            optimizer.step()
+            epoch_losses.append(loss.detach())
         epoch_losses = torch.stack(epoch_losses).cpu()         # read once an epoch: a step waits for nobody
         if not epoch_losses.isfinite().all():
             prompt.tokens.data.copy_(last_good)
@@ -76,7 +68,7 @@ def learn_anchor(prompt, targets, epochs, steps, lr, weight, variance=0.0, check
                     "loss": weight * (epoch_losses.mean().item() + variance), "seconds": time.perf_counter() - start})
         if checkpoint is not None:
             with evaluation.written_aside(checkpoint) as aside:
-                torch.save({"tokens": prompt.tokens.detach(), "optimizer": optimizer.state_dict(), "log": log}, aside)
+                torch.save({key: part.state_dict() for key, part in state.items()} | {"log": log}, aside)
         bar.update(steps)
         bar.set_postfix(loss=f"{log[-1]['loss']:.4f}")
     bar.close()
@@ -98,7 +90,7 @@ def find_or_learn_anchor(clip_model, class_names, args, settings, seed):
     file, own = folder / "anchor.pt", {key: settings[key] for key in evaluation.ANCHOR_SETTINGS}
     with evaluation.locked(folder, wait=True, what="the anchor"):
         if file.exists():
-            (folder / "last.pt").unlink(missing_ok=True)
+            (folder / "last.pt").unlink(missing_ok=True)        # of a process killed just before it did so
             tokens, saved = load_anchor(file)
             check_anchor(file, tokens, saved, settings, clip_model, class_names)
             print(f"anchor found: {file}", flush=True)
@@ -134,8 +126,9 @@ def check_anchor(file, tokens, saved, settings, clip_model, class_names=None):
     facts = [("token width", tokens.shape[1], width), ("anchor length", len(tokens), settings["anchor_length"])]
     facts += [(key.replace("_", " "), saved[key], settings[key]) for key in ("preposition", "clip") if key in saved]
     if class_names is not None and "class_names" in saved:
-        if list(saved["class_names"]) != list(class_names):
-            raise ValueError(f"{file} was learnt on {len(saved['class_names'])} classes, not on these {len(class_names)}; {command}")
+        learnt_on = saved["class_names"] if isinstance(saved["class_names"], list) else []
+        if learnt_on != list(class_names):
+            raise ValueError(f"{file} was learnt on {len(learnt_on)} classes, not on these {len(class_names)}; {command}")
     for what, found, wanted in facts:
         if found != wanted:
             raise ValueError(f"{file} has {what} {found}, asked for is {wanted}; {command}")

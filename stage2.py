@@ -54,21 +54,16 @@ def train(learner, images, settings, seed, checkpoint, anchor_features=None, anc
     parameters = list(learner.parameters())
     optimizer = torch.optim.SGD(parameters, lr=settings["lr"], momentum=0.9, weight_decay=5e-4)
     state = {"learner": learner, "optimizer": optimizer, **({"anchor_step": anchor_step} if anchor_step else {})}
-    log = []
-    if os.path.isfile(checkpoint):
-        saved = evaluation.load_checkpoint(checkpoint, device)
-        try:
-            for key, part in state.items():
-                part.load_state_dict(saved[key])
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise evaluation.damaged_checkpoint(checkpoint, error) from error
-        log = saved["log"]
+    log = evaluation.resume(checkpoint, state, device)
+    if log:
+        evaluation.save_log(checkpoint.with_name("log.csv"), log)       # a process may have died between the two files
         print(f"going on after epoch {len(log)}", flush=True)
 
     epochs, n_steps = settings["epochs"], max(1, len(items) // batch_size)
     bar = tqdm(total=epochs * n_steps, initial=len(log) * n_steps, desc="stage II", unit="step", disable=None)
     learner.train()
     for epoch in range(len(log) + 1, epochs + 1):
+        evaluation.at_work_on(f"Stage II, epoch {epoch} of {epochs}")
         start = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"] = stage1.learning_rate(epoch, epochs, settings["lr"])
         torch.manual_seed(1_000_003 * seed + epoch)             # this epoch's order and Gumbel noise
@@ -167,7 +162,7 @@ def run_seed(args, settings, seed, dataset, clip_model, test_sets):
             result = evaluation.load_results([folder / "results.json"])[0]
             if result["settings"] != settings:
                 raise ValueError(f"{folder} holds a run with other settings; choose another --output, or --overwrite")
-            (folder / "last.pt").unlink(missing_ok=True)
+            (folder / "last.pt").unlink(missing_ok=True)        # of a process killed just before it did so
             print(f"finished already: {folder} (--overwrite to run it again)", flush=True)
             return result
         if args.overwrite:
@@ -222,13 +217,13 @@ def run_seed(args, settings, seed, dataset, clip_model, test_sets):
                 anchor_step.follow()
             elif anchor_tokens is not None:
                 features = evaluation.anchor_features(clip_model, base_names, anchor_tokens, settings)
-            with evaluation.said_where("Stage II", folder / "log.csv", settings["epochs"]):
-                train(learner, (train_items, decoded), settings, seed, folder / "last.pt", features, anchor_step, args.workers)
+            train(learner, (train_items, decoded), settings, seed, folder / "last.pt", features, anchor_step, args.workers)
         seconds["stage2"] = time.perf_counter() - start
         with evaluation.written_aside(folder / "prompt.pt") as aside:
             torch.save({"state": learner.state_dict(), "settings": settings, "class_names": base_names, "seed": seed}, aside)
 
         # --- Inference
+        evaluation.at_work_on("evaluation")
         start = time.perf_counter()
         if anchor_tokens is not None:
             anchor_tokens = learner.template.anchor_tokens                  # one-stage training has moved it
@@ -236,12 +231,17 @@ def run_seed(args, settings, seed, dataset, clip_model, test_sets):
         for side, labels, names in (("base", base, base_names), ("novel", novel, novel_names)):
             scores[side] = None
             if labels:
-                with evaluation.said_where(f"the evaluation of seed {seed}"):
-                    scores[side] = evaluation.evaluate_items(
-                        learner.set_classes(names), settings, data.take(dataset.test, labels), anchor_tokens, side == "base",
-                        test_sets, args.workers, args.test_batch, args.feature_cache)
+                scores[side] = evaluation.evaluate_items(learner.set_classes(names), settings, data.take(dataset.test, labels),
+                                                         anchor_tokens, side == "base", test_sets, args.workers, args.test_batch,
+                                                         args.feature_cache)
         learner.set_classes(base_names)
         seconds["eval"] = time.perf_counter() - start
+        if matrix["start"] and not args.no_plot:
+            try:
+                with evaluation.written_aside(folder / "position.png") as aside:
+                    plot_position_matrix(torch.tensor(rows_of_W(learner)), aside, settings["anchor_length"], args.dataset)
+            except ImportError as error:
+                print(f"no position.png: {error}")
 
         result = {"dataset": args.dataset, "baseline": settings["baseline"], "template": settings["template"], "seed": seed,
                   "clip": settings["clip"], "settings": settings,
@@ -254,12 +254,6 @@ def run_seed(args, settings, seed, dataset, clip_model, test_sets):
             text = json.dumps(result, indent=1)
             aside.write_text(re.sub(r"\[\s+([\d,\s]+?)\s+\]", lambda row: f"[{' '.join(row[1].split())}]", text) + "\n")
         (folder / "last.pt").unlink(missing_ok=True)
-        if matrix["start"] and not args.no_plot:
-            try:
-                with evaluation.written_aside(folder / "position.png") as aside:
-                    plot_position_matrix(torch.tensor(rows_of_W(learner)), aside, settings["anchor_length"], args.dataset)
-            except ImportError as error:
-                print(f"no position.png: {error}")
         return result | {"run": folder.parent.name}
 
 
