@@ -52,9 +52,11 @@ def commands():
     """Every `python X.py ...` of the README, without shell placeholders, as (script, arguments)."""
     found = []
     for script, rest in re.findall(r"python (stage1|stage2|eval|data)\.py([^`\n|]*)", README):
-        rest = re.split(r" #|\\$|'|&&", rest)[0]
-        if "{" not in rest:
-            found.append((script, shlex.split(rest.replace("$DATA", "/data"))))
+        rest = re.split(r" #|\\$|'|&&|;", rest)[0]
+        for variable, value in (("$DATA", "/data"), ("$b", "coop"), ("$t", "plain")):
+            rest = rest.replace(variable, value)
+        if not set("{$") & set(rest):
+            found.append((script, shlex.split(rest)))
     return found
 
 
