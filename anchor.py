@@ -68,7 +68,10 @@ RELEASED_GLOBALS = [(Inert, "torch.optim.sgd.SGD"), (Inert, "torch.optim.lr_sche
 
 
 def read_as_data(path, device="cpu"):
-    """`torch.load` as data, never code, after a look at the checksums. Raises OSError, or ValueError for a damaged or foreign file."""
+    """`torch.load` as data, never code, after a look at the checksums.
+
+    Raises FileNotFoundError, PermissionError, or ValueError for a damaged or foreign file.
+    """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:

@@ -11,7 +11,6 @@ What differs between datasets stands in one table, DATASETS; the readers below i
 """
 
 import argparse
-import contextlib
 import difflib
 import json
 import math

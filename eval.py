@@ -127,7 +127,8 @@ def frozen_features(clip_model, identity, images, workers=0, cache=None):
     """
     batches, path = data.batches(images, range(len(images)), 256, workers), None
     if cache and all(isinstance(item.source, str) for item in images.items):
-        stamps = [(item.source, os.stat(item.source).st_size, os.stat(item.source).st_mtime_ns, item.label) for item in images.items]
+        stats = [os.stat(item.source) for item in images.items]
+        stamps = [(*item, stat.st_size, stat.st_mtime_ns) for item, stat in zip(images.items, stats)]
         digest = hashlib.sha256(repr((identity, clip_model.dtype, images.transform, stamps)).encode()).hexdigest()
         path = pathlib.Path(cache) / f"{digest[:32]}.pt"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -162,8 +163,8 @@ def default_settings(dataset, baseline, template, one_stage=False):
     Rows of the table apply from top to bottom, `*` matches anything and an empty field leaves a setting as it is.
     Returns a dict of the settings that matter for this cell; None where the table has no default.
     """
-    settings = {"dataset": dataset, "baseline": baseline, "template": template, "shots": 16, "classes": "base", "dtype": "default",
-                "clip": "toy" if dataset == "toy" else "ViT-B/16"}
+    settings = {"dataset": dataset, "baseline": baseline, "template": template, "shots": 16, "classes": "base",
+                "dtype": "default", "clip": "toy" if dataset == "toy" else "ViT-B/16"}
     if baseline == "clip":
         del settings["shots"]
         return settings | {"template": "plain", "prompt": data.DATASETS[dataset].prompt, "epochs": 0}
@@ -267,8 +268,9 @@ def written_aside(path):
         yield aside
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:             # torch.save reports a full disk as a RuntimeError
-        raise OSError(f"could not write {path} ({' '.join(str(error).split())}); what was finished before is kept: make room or choose "
-                      "another --output, then run the same command again") from error
+        reason = " ".join(str(error).split())
+        raise OSError(f"could not write {path} ({reason}); what was finished before is kept: make room or choose another "
+                      "--output, then run the same command again") from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -306,9 +308,10 @@ def resume(path, parts, device="cpu"):
             for p, state in getattr(part, "state", {}).items():
                 if not all(torch.is_tensor(value) and value.shape == p.shape for value in state.values()):
                     raise ValueError("a momentum of another shape")
-        if [row["epoch"] for row in saved["log"]] != list(range(1, len(saved["log"]) + 1)) or len(set(map(tuple, saved["log"]))) > 1:
+        log = saved["log"]
+        if [row["epoch"] for row in log] != list(range(1, len(log) + 1)) or len(set(map(tuple, log))) > 1:
             raise ValueError("epochs are missing")
-        return saved["log"]
+        return log
     except (PermissionError, torch.OutOfMemoryError):
         raise
     except Exception as error:                        # load_state_dict fails in many ways, too

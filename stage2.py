@@ -168,6 +168,8 @@ def run_seed(args, settings, seed, dataset, clip_model, test_sets):
         if args.overwrite:
             for name in ("results.json", "prompt.pt", "last.pt", "log.csv", "position.png"):
                 (folder / name).unlink(missing_ok=True)
+            for stale in folder.glob("eval-*.json"):
+                stale.unlink()
         clip_model, seconds = clip_model(), {}
         base, novel = data.split_base_novel(dataset.class_names)
         if settings["classes"] == "all":
@@ -179,8 +181,8 @@ def run_seed(args, settings, seed, dataset, clip_model, test_sets):
         if settings["epochs"] and not train_items:
             raise ValueError(f"{args.dataset} has no training images: train on another dataset, then test on this one with "
                              f"python eval.py RUN --dataset {args.dataset}")
-        scarce = sum(count < settings["shots"] for count in collections.Counter(item.label for item in train_items).values()) \
-            if settings["epochs"] else 0
+        counts = collections.Counter(item.label for item in train_items).values()
+        scarce = sum(count < settings.get("shots", 0) for count in counts)
         if scarce:
             notes.append(f"{scarce} of {len(base)} classes have fewer than {settings['shots']} training images")
         if settings["clip"] not in ("toy", *clip.available_models()):
@@ -209,7 +211,8 @@ def run_seed(args, settings, seed, dataset, clip_model, test_sets):
             decoded = data.decode_all(train_items, args.cache_images * 2 ** 30, max(1, args.workers))
             features, anchor_step = None, None
             if one_stage:
-                prompt = AnchorPrompt(clip_model, base_names, settings["anchor_length"], settings["preposition"], args.class_chunk)
+                prompt = AnchorPrompt(clip_model, base_names, settings["anchor_length"], settings["preposition"],
+                                      args.class_chunk)
                 sentences = data.load_descriptions(args.descriptions or data.default_descriptions(args.dataset), base_names,
                                                    settings["max_descriptions"], args.aliases)
                 targets = torch.stack([f.mean(0) for f in stage1.description_features(clip_model, sentences)])

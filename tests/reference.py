@@ -8,7 +8,6 @@ import warnings
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -4,7 +4,6 @@ Every process here is a real one: forked from a clean one that has imported the 
 stage2.py on a small toy world, with a `sabotage` on its way.
 """
 
-import contextlib
 import csv
 import errno
 import functools

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import prompts
-from prompts import AnchorTemplate, AttributeTemplate, PlainTemplate, build_learner
+from prompts import AttributeTemplate, PlainTemplate, build_learner
 from reference import (NAMES, SOS, TOKENIZER, encode_77, encode_image_prompted, relative, tiny_clip, unit)
 
 MODEL = tiny_clip(dtype=torch.float64)
@@ -149,11 +149,11 @@ def test_fixed_arrangements_of_table_8(arrangement, order):
 @pytest.mark.parametrize("baseline", ["coop", "maple"])
 def test_after_class_puts_the_anchor_between_name_and_full_stop(baseline):
     made = learner(baseline, n_anchor=2, arrangement="after-class")
-    deep = None
-    if baseline == "maple":                                          # all soft tokens in front are replaced
-        def deep(layer, hidden):
-            return made.deep_tokens[layer - 1] if layer else hidden
-    slow = encode_77(MODEL, made.template.soft_tokens, NAMES, inside=made.template.anchor_tokens, deep=deep)
+
+    def replace_all(layer, hidden):                                  # the soft tokens in front, as in plain MaPLe
+        return made.deep_tokens[layer - 1] if layer else hidden
+    slow = encode_77(MODEL, made.template.soft_tokens, NAMES, inside=made.template.anchor_tokens,
+                     deep=replace_all if baseline == "maple" else None)
     assert relative(made.text_features(), slow) < 1e-12
 
 
