@@ -372,6 +372,24 @@ def test_caltech101_in_the_fields_layout_with_a_clip_from_a_file(tmp_path, capsy
         assert found in error and wanted in error and "python stage1.py --dataset caltech101" in error and error.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "clip.pt"
+    torch.save(tiny_clip().state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("name", evaluation.ELEVEN)
+def test_stage2_runs_on_each_of_the_eleven_datasets(tmp_path, clip_file, name):
+    worlds.TREES[name](tmp_path / "data")
+    names = data.load_dataset(name, tmp_path / "data").class_names
+    worlds.write_descriptions(tmp_path / "descriptions.json", names)
+    assert run(stage2, "--dataset", name, "--root", tmp_path / "data", "--clip", clip_file, "--output", tmp_path / "o", *QUICK,
+               "--descriptions", tmp_path / "descriptions.json") == 0
+    result = results(one_run(tmp_path / "o"))
+    assert result["dataset"] == name and set(result["base"]) == set(result["novel"]) == set(evaluation.READINGS)
+
+
 def test_an_anchor_in_the_authors_format_drives_stage2(tmp_path):
     torch.save({"state_dict": {"anchor_ctx_1": torch.randn(1, 128).half()}, "epoch": 3}, tmp_path / "model.pth.tar")
     assert run(stage2, "--anchor", tmp_path / "model.pth.tar", "--epochs", 1, "--output", tmp_path) == 0
