@@ -1,7 +1,7 @@
 """How fast, how big, and how equal: this project's training step against the conventional step of the CoOp family.
 
     python tests/bench.py                      the whole table: ViT-B/16 sizes, random weights
-    python tests/bench.py --quick              20 classes, one timing: under 3 minutes on two CPU cores
+    python tests/bench.py --quick              20 classes, one timing, no memory: under 3 minutes on two cores
     python tests/bench.py --device cuda --dtype float16
 
 project       the inner step of `stage2.train`; images are encoded once an epoch in large batches, and each step is
@@ -396,13 +396,14 @@ def parse(argv):
     parser.add_argument("--patience", type=float, default=90,
                         help="skip a conventional step of more seconds than this (default: 90)")
     parser.add_argument("--class-chunk", type=int, default=0, help="the project's switch of that name (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="20 classes, one timing, images encoded 8 at a time")
+    parser.add_argument("--quick", action="store_true", help="20 classes, one timing, images encoded 8 at a time, no memory columns")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory columns empty: no further processes")
     parser.add_argument("--tiny", action="store_true", help="a CLIP of three small blocks, to try the benchmark itself")
     parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.classes = args.classes or ([20] if args.quick else [50, 500, 1000])
     args.repeats = args.repeats or (1 if args.quick else 5)
+    args.no_memory = args.no_memory or (args.quick and not args.tiny)
     args.device = torch.device(args.device)
     args.dtype = args.dtype or ("float16" if args.device.type == "cuda" else "float32")
     args.encode_batch = 8 if args.quick else stage2.ENCODE_BATCH
