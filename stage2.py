@@ -31,7 +31,29 @@ from anchor import AnchorPrompt, load_anchor
 from position import hard_assignment, plot_position_matrix
 from prompts import BASELINES, TEMPLATES, build_learner, clip, encode_image, load_clip
 
-ENCODE_BATCH = 256                 # images that the frozen CLIP encodes at a time
+ENCODE_BATCH = 256                 # images that are loaded, and go to the frozen CLIP, at a time
+
+
+def step_losses(learner, settings, f, x, y, anchor_features=None):
+    """The forward half of a step: Eq. 12 and its two terms, of one batch. Returns (total, ce, kl), three scalars.
+
+    f (B, d): the frozen CLIP's image features, None where neither baseline nor loss needs them; x (B, 3, R, R): the images,
+    which only MaPLe reads; y (B,): labels; anchor_features (C, d): unit features of the frozen anchor prompts, or None: no
+    distillation.
+    """
+    u = learner.image_features(f, x)
+    v = learner.text_features(u)                                # f_T(t_norm): one sample of W
+    l_norm = learner.logits(u, v)
+    ce = losses.cross_entropy(l_norm, y)                                                         # Eq. 10
+    if settings["baseline"] == "dept":
+        ce_cat = losses.cross_entropy(*learner.head_logits(u, v, y))
+        ce = (1 - settings["w_cat"]) * ce + settings["w_cat"] * ce_cat
+    kl = torch.zeros_like(ce)
+    if anchor_features is not None:
+        l_anc = learner.logits(f, anchor_features)
+        l_ens = losses.ensemble_logits(l_norm, l_anc)                                            # q_ens
+        kl = losses.distillation_kl(l_norm, l_ens, settings["temperature"])                      # Eq. 11
+    return losses.total_loss(ce, kl, settings["lambda_1"], settings.get("lambda_2", 0)), ce, kl          # Eq. 12
 
 
 def train(learner, images, settings, seed, checkpoint, anchor_features=None, anchor_step=None, workers=0):
@@ -48,8 +70,9 @@ def train(learner, images, settings, seed, checkpoint, anchor_features=None, anc
     (items, decoded), batch_size = images, settings["batch_size"]
     transform = data.train_transform(clip_model.visual.input_resolution)
     chunk = max(1, ENCODE_BATCH // batch_size) * batch_size
-    distil = anchor_features is not None and settings["lambda_2"] > 0
-    needs_features = settings["baseline"] != "maple" or distil
+    if not settings.get("lambda_2"):
+        anchor_features = None                                  # nothing is distilled (Tab. 9)
+    needs_features = settings["baseline"] != "maple" or anchor_features is not None
 
     parameters = list(learner.parameters())
     optimizer = torch.optim.SGD(parameters, lr=settings["lr"], momentum=0.9, weight_decay=5e-4)
@@ -81,20 +104,7 @@ def train(learner, images, settings, seed, checkpoint, anchor_features=None, anc
                 f = f_chunk[at:at + batch_size] if needs_features else None
                 if anchor_step:
                     anchor_step(lr / settings["lr"])            # one-stage: theta_a first, by Eq. 5
-                u = learner.image_features(f, x)
-                v = learner.text_features(u)                    # f_T(t_norm): one sample of W
-                l_norm = learner.logits(u, v)
-                ce = losses.cross_entropy(l_norm, y)                                             # Eq. 10
-                if settings["baseline"] == "dept":
-                    ce_cat = losses.cross_entropy(*learner.head_logits(u, v, y))
-                    ce = (1 - settings["w_cat"]) * ce + settings["w_cat"] * ce_cat
-                if distil:
-                    l_anc = learner.logits(f, anchor_features)
-                    l_ens = losses.ensemble_logits(l_norm, l_anc)                                # q_ens
-                    kl = losses.distillation_kl(l_norm, l_ens, settings["temperature"])          # Eq. 11
-                else:
-                    kl = torch.zeros_like(ce)
-                loss = losses.total_loss(ce, kl, settings["lambda_1"], settings.get("lambda_2", 0))      # Eq. 12
+                loss, ce, kl = step_losses(learner, settings, f, x, y, anchor_features)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

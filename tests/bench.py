@@ -4,12 +4,12 @@
     python tests/bench.py --quick              20 classes, one timing, no memory: under 3 minutes on two cores
     python tests/bench.py --device cuda --dtype float16
 
-project       the inner step of `stage2.train`; images are encoded once an epoch in large batches, and each step is
-              charged its share.
+project       `stage2.step_losses`, the step of Stage II; images are encoded once an epoch in large batches, and each step
+              is charged its share.
 conventional  77 positions for every class through CLIP's own, unmodified residual blocks; the anchor prompt encoded anew
               at every step without gradient; the step's images encoded inside it; CoCoOp image by image.
 
-Both share whatever never touches a tower (template with its Gumbel noise, meta-network, heads, losses, optimizer) and
+Both share whatever never touches a tower (template with its Gumbel noise, meta-network, heads, loss functions, optimizer) and
 run on the same weights and inputs in one process, in turns. A step is forward, backward and update (the text side:
 forward and backward). Times are medians; a cell that takes over a minute is repeated less often, but at least
 twice. Peak memory is that of a process of its own.
@@ -108,24 +108,9 @@ def make_case(row, clip_model, n_classes, batch_size=None, class_chunk=0):
     return case
 
 
-def objective(case, f, u, v, l_norm, anchor_features):
-    """Eqs. 10-12, and DePT's head: the losses of `stage2.train`'s inner step."""
-    ce = losses.cross_entropy(l_norm, case.labels)                                                       # Eq. 10
-    if case.row == "dept":
-        w_cat = case.settings["w_cat"]
-        ce = (1 - w_cat) * ce + w_cat * losses.cross_entropy(*case.learner.head_logits(u, v, case.labels))
-    kl = torch.zeros_like(ce)
-    if case.distil:
-        l_ens = losses.ensemble_logits(l_norm, case.learner.logits(f, anchor_features))
-        kl = losses.distillation_kl(l_norm, l_ens, case.settings["temperature"])                         # Eq. 11
-    return losses.total_loss(ce, kl, case.settings["lambda_1"], case.settings["lambda_2"])               # Eq. 12
-
-
 def project_loss(case):
-    """The forward half of `stage2.train`'s inner step, from the epoch's image features to Eq. 12."""
-    u = case.learner.image_features(case.features, case.images)
-    v = case.learner.text_features(u)
-    return objective(case, case.features, u, v, case.learner.logits(u, v), case.anchor_features)
+    anchor_features = case.anchor_features if case.distil else None
+    return stage2.step_losses(case.learner, case.settings, case.features, case.images, case.labels, anchor_features)[0]
 
 
 # ------------------------------------------------------------------------------------------- the conventional step
@@ -164,6 +149,19 @@ def encode_image_prompted(clip_model, images, tokens):
             x = torch.cat([x[:-M], tokens[layer].to(x.dtype)[:, None].expand(-1, x.shape[1], -1)])
         x = block(x)
     return visual.ln_post(x[0]) @ visual.proj.to(x.dtype)
+
+
+def objective(case, f, u, v, l_norm, anchor_features):
+    """Eqs. 10-12, and DePT's head, of features that the conventional step computed."""
+    ce = losses.cross_entropy(l_norm, case.labels)                                                       # Eq. 10
+    if case.row == "dept":
+        w_cat = case.settings["w_cat"]
+        ce = (1 - w_cat) * ce + w_cat * losses.cross_entropy(*case.learner.head_logits(u, v, case.labels))
+    kl = torch.zeros_like(ce)
+    if case.distil:
+        l_ens = losses.ensemble_logits(l_norm, case.learner.logits(f, anchor_features))
+        kl = losses.distillation_kl(l_norm, l_ens, case.settings["temperature"])                         # Eq. 11
+    return losses.total_loss(ce, kl, case.settings["lambda_1"], case.settings["lambda_2"])               # Eq. 12
 
 
 def conventional_loss(case):
