@@ -11,10 +11,12 @@ What differs between datasets stands in one table, DATASETS; the readers below i
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import math
 import os
+import pathlib
 import random
 import re
 import sys
@@ -746,7 +748,8 @@ def describe(name, root, model, base_url=None, output=None, per_class=10):
             raise ValueError(f"{class_name}: {model} gave no sentence in three answers; try another --model, "
                              "and see that --base-url is the API's (it mostly ends in /v1)")
         found[class_name] = sentences
-        save_json(output, found)
+        with written_aside(output) as aside:
+            aside.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
     print(f"{output}: {len(found)} classes, {len(wanted)} of them new")
 
 
@@ -757,12 +760,24 @@ def read_answer(text):
     return [line for line in lines if len(line.split()) > 2 and not line.endswith(":")]
 
 
-def save_json(path, value):
-    """Write to a temporary file, then rename: a reader or a crash never meets half a file."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + ".part", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
-    os.replace(path + ".part", path)
+@contextlib.contextmanager
+def written_aside(path):
+    """Gives a name beside `path` to write to, and renames it at the end: nobody ever sees half a file.
+
+    On any failure the old file stays as it was. Raises OSError saying what could not be written.
+    """
+    path = pathlib.Path(path)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:             # torch.save reports a full disk as a RuntimeError
+        reason = " ".join(str(error).split())
+        raise OSError(f"could not write {path} ({reason}); what was finished before is kept: make room or choose another "
+                      "--output, then run the same command again") from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def main(argv=None):

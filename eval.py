@@ -31,6 +31,7 @@ import torch
 import data
 import losses
 from anchor import AnchorPrompt, read_as_data
+from data import written_aside
 from position import plot_position_matrix
 from prompts import TEMPLATES, build_learner, clip_identity, encode_image, load_clip, sha256
 
@@ -253,26 +254,6 @@ def anchor_folder(output, settings, seed):
     defaults = default_settings(settings["dataset"], "coop", "anchoropt")
     own = {key: settings[key] for key in ANCHOR_SETTINGS}             # (two runs share it where these are equal)
     return pathlib.Path(output) / settings["dataset"] / folder_name("anchor", own, defaults) / f"seed{seed}"
-
-
-@contextlib.contextmanager
-def written_aside(path):
-    """Gives a name beside `path` to write to, and renames it at the end: nobody ever sees half a file.
-
-    On any failure the old file stays as it was. Raises OSError saying what could not be written.
-    """
-    path = pathlib.Path(path)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:             # torch.save reports a full disk as a RuntimeError
-        reason = " ".join(str(error).split())
-        raise OSError(f"could not write {path} ({reason}); what was finished before is kept: make room or choose another "
-                      "--output, then run the same command again") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def check_output(output):

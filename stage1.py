@@ -10,6 +10,9 @@ stage2.py runs this by itself where the anchor is missing.
 """
 
 import argparse
+import contextlib
+import hashlib
+import json
 import math
 import sys
 import time
@@ -81,6 +84,11 @@ def description_features(clip_model, descriptions):
     return list(flat.split([len(sentences) for sentences in descriptions]))
 
 
+def sentences_digest(sentences):
+    """A short name for the sentences (C lists) that an anchor was learnt from."""
+    return hashlib.sha256(json.dumps(sentences).encode()).hexdigest()[:16]
+
+
 def find_or_learn_anchor(clip_model, class_names, args, settings, seed):
     """The anchor tokens (N, d_t) of these settings and this seed: read where they are, else learnt and saved.
 
@@ -88,16 +96,26 @@ def find_or_learn_anchor(clip_model, class_names, args, settings, seed):
     """
     folder = evaluation.anchor_folder(args.output, settings, seed)
     file, own = folder / "anchor.pt", {key: settings[key] for key in evaluation.ANCHOR_SETTINGS}
+
+    def read_sentences():
+        return data.load_descriptions(args.descriptions or data.default_descriptions(settings["dataset"]), class_names,
+                                      settings["max_descriptions"], args.aliases)
+
     with evaluation.locked(folder, wait=True, what="the anchor"):
         if file.exists():
             (folder / "last.pt").unlink(missing_ok=True)        # of a process killed just before it did so
             tokens, saved = load_anchor(file)
             check_anchor(file, tokens, saved, settings, clip_model, class_names)
+            digest = saved.get("sentences")
+            with contextlib.suppress(OSError, ValueError):              # an anchor outlives its descriptions
+                digest = sentences_digest(read_sentences())
+            if saved.get("sentences", digest) != digest:
+                raise ValueError(f"{file} was learnt from other descriptions than the file holds now; "
+                                 f"choose another --output, or remove {folder}")
             print(f"anchor found: {file}", flush=True)
             return tokens
         print(f"no anchor at {file} yet: Stage I learns it now", flush=True)
-        sentences = data.load_descriptions(args.descriptions or data.default_descriptions(settings["dataset"]), class_names,
-                                           settings["max_descriptions"], args.aliases)
+        sentences = read_sentences()
         features = description_features(clip_model, sentences)
         torch.manual_seed(seed)
         prompt = AnchorPrompt(clip_model, class_names, settings["anchor_length"], settings["preposition"], args.class_chunk)
@@ -112,7 +130,8 @@ def find_or_learn_anchor(clip_model, class_names, args, settings, seed):
                            losses.description_variance(features).item(), folder / "last.pt")
         evaluation.save_log(folder / "log.csv", log)
         with evaluation.written_aside(file) as aside:
-            save_anchor(aside, prompt.tokens, own | {"class_names": list(class_names)})
+            own |= {"class_names": list(class_names), "sentences": sentences_digest(sentences)}
+            save_anchor(aside, prompt.tokens, own)
         (folder / "last.pt").unlink(missing_ok=True)
         print(f"Stage I done: cosine of anchor prompts and descriptions {before:.3f} -> {cosine():.3f}; {file}", flush=True)
         return prompt.tokens.detach()

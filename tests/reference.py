@@ -91,4 +91,4 @@ def unit(x):
 
 def relative(a, b):
     """||a - b|| / ||b||."""
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()

@@ -63,9 +63,10 @@ def test_cell_that_does_not_fit_is_extrapolated_and_says_so(monkeypatch):
     monkeypatch.setattr(bench, "available_gb", lambda device: 20)
     args = bench.parse([])
     assert bench.too_much(args, "coop", 100) is None
-    assert bench.too_much(args, "coop", 500) == "n/a (needs 21.0 GB and 50 s, extrapolated from 20 and 50 classes)"
+    assert bench.too_much(args, "coop", 500) == "n/a (needs 21.0 GB and 50 s, extrapolated from 80 and 200 classes)"
+    assert "from 20 and 50 classes" in bench.too_much(args, "cocoop", 500)
     monkeypatch.setattr(bench, "available_gb", lambda device: 1000)
-    assert "100 s" in bench.too_much(args, "coop", 1000)                  # fits, but takes longer than --patience
+    assert "200 s" in bench.too_much(args, "coop", 2000)                  # fits, but takes longer than --patience
 
 
 def test_the_command_prints_its_tables(capsys):

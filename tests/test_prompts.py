@@ -71,6 +71,26 @@ def test_contexts_of_their_own_equal_one_call_per_context():
         assert relative(features, prompts.encode_text(MODEL, context, suffix, eot)) < 1e-12
 
 
+def test_on_a_cpu_passes_without_gradient_are_split_and_change_nothing():
+    contexts, images = torch.randn(130, 4, 128, dtype=torch.float64), torch.randn(20, 3, 32, 32, dtype=torch.float64)
+    suffix, eot = prompts.class_suffix(MODEL, [name + "." for name in NAMES])
+    tokens, sizes = list(torch.randn(2, 3, 128, dtype=torch.float64)), []
+    hooks = [tower.register_forward_hook(lambda module, args, out: sizes.append(len(args[0])))
+             for tower in (MODEL.visual.conv1, MODEL.transformer.resblocks[0].mlp.c_fc)]
+
+    def both():
+        sizes.clear()
+        return prompts.encode_image(MODEL, images, tokens), prompts.encode_text(MODEL, contexts, suffix, eot), len(sizes)
+    try:
+        u, v, passes = both()                                        # 1 of images, 1 of contexts, 1 of suffixes
+        with torch.no_grad():
+            u_split, v_split, split_passes = both()                  # 8 + 8 + 4 images; 1; 3 + 2 classes of 130 contexts
+    finally:
+        [hook.remove() for hook in hooks]
+    assert (passes, split_passes) == (3, 6) and sizes[:3] == [8, 8, 4]
+    assert relative(u_split, u) < 1e-12 and relative(v_split, v) < 1e-12
+
+
 def test_sentences_are_encoded_as_clip_encodes_them():
     model = tiny_clip()
     sentences = ["An ant is small, black, and has six legs.", "It is.", "word " * 75, "What?"]
@@ -174,6 +194,21 @@ def test_itm_logits_equal_the_conventional_step_values_and_gradients(baseline, t
     slow = SCALE * unit(FEATURES) @ unit(encode_77(MODEL, made.template()[0], NAMES)).T
     assert relative(fast, slow) < 1e-10
     check_gradients(made, fast, slow)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_class_chunk_changes_no_logit_and_no_gradient(baseline, template):
+    logits = []
+    for class_chunk in (2, 0):
+        made = learner(baseline, template, class_chunk=class_chunk)
+        torch.manual_seed(5)
+        logits.append((made, made(FEATURES, IMAGES)))
+    (chunked, fast), (whole, slow) = logits
+    assert relative(fast, slow) < 1e-10
+    g_fast, g_slow = (torch.autograd.grad(out.square().sum(), list(made.parameters()), allow_unused=True) for made, out in logits)
+    for (name, _), a, b in zip(chunked.named_parameters(), g_fast, g_slow):
+        assert (a is None) == (b is None) and (a is None or relative(a, b) < 1e-9), name
 
 
 def check_gradients(made, fast, slow):

@@ -19,7 +19,7 @@ import prompts
 import stage1
 import stage2
 import worlds
-from reference import tiny_clip
+from reference import relative, tiny_clip
 
 ROOT = pathlib.Path(stage2.__file__).parent
 QUICK = ["--epochs", "1", "--anchor-epochs", "1"]
@@ -144,12 +144,14 @@ def test_every_ablation_switch_runs_in_a_folder_of_its_own(tmp_path, switch):
 
 
 @pytest.mark.parametrize("baseline", ["coop", "cocoop", "maple", "dept"])
-def test_switches_that_only_change_how_it_is_computed_leave_the_figures_within_one_image(tmp_path, baseline):
-    command = ["--baseline", baseline, *QUICK]
-    found = []
-    for i, switch in enumerate([[], ["--class-chunk", 7, "--test-batch", 5, "--cache-images", 0]]):
+def test_switches_that_only_change_how_it_is_computed_leave_the_figures_within_one_image(tmp_path, baseline, monkeypatch):
+    command, logits, steps, found = ["--baseline", baseline, *QUICK], prompts.CoOp.logits, [], []
+    monkeypatch.setattr(prompts.CoOp, "logits", lambda *args: steps.append(logits(*args)) or steps[-1])
+    for i, switch in enumerate([[], ["--class-chunk", 7, "--test-batch", 5, "--cache-images", 0, "--workers", 1]]):
+        steps.clear()
         assert run(stage2, "--output", tmp_path / str(i), *command, *switch) == 0
-        found.append(results(one_run(tmp_path / str(i))))
+        found.append(results(one_run(tmp_path / str(i))) | {"first step": steps[0].detach()})
+    assert relative(found[1]["first step"], found[0]["first step"]) < 1e-5
     for side in ("base", "novel"):
         for reading in evaluation.READINGS:
             assert abs(found[0][side][reading] - found[1][side][reading]) <= 100 / 48 + 1e-9
@@ -388,6 +390,22 @@ def test_stage2_runs_on_each_of_the_eleven_datasets(tmp_path, clip_file, name):
                "--descriptions", tmp_path / "descriptions.json") == 0
     result = results(one_run(tmp_path / "o"))
     assert result["dataset"] == name and set(result["base"]) == set(result["novel"]) == set(evaluation.READINGS)
+
+
+def test_an_anchor_of_descriptions_that_have_changed_since_is_not_used(tmp_path, monkeypatch, capsys):
+    shipped = json.loads(pathlib.Path(data.default_descriptions("toy")).read_text())
+    own, command = tmp_path / "toy.json", ["--dataset", "toy", "--anchor-epochs", 1, "--output", tmp_path]
+    own.write_text(json.dumps(shipped))
+    monkeypatch.setattr(data, "SHIPPED", str(tmp_path))
+    assert run(stage1, *command) == 0 and run(stage1, *command) == 0
+    assert "anchor found" in capsys.readouterr().out
+    own.write_text(json.dumps(shipped | {name: shipped[name][1:] for name in data.TOY_CLASSES[24:]}))
+    assert run(stage1, *command) == 0                                   # of novel classes: nothing to the anchor
+    own.write_text(json.dumps(shipped | {data.TOY_CLASSES[0]: ["A picture of something else."]}))
+    assert run(stage1, *command) == 2
+    assert "was learnt from other descriptions than the file holds now" in capsys.readouterr().err
+    own.unlink()                                                        # an anchor outlives its descriptions
+    assert run(stage1, *command) == 0
 
 
 def test_an_anchor_in_the_authors_format_drives_stage2(tmp_path):
