@@ -1,6 +1,6 @@
 """Data: the field's fifteen datasets as they lie on everybody's disk, few-shot subsets, descriptions, images.
 
-Paper S2.1 (datasets) and S2.2.1 (16 shots, descriptions). The folder layout, the split files and the
+Paper S2.1 (datasets) and S2.2.1 (descriptions). The folder layout, the split files and the
 few-shot picks are those of CoOp's data guide, so that `--root` points at what a lab already has; nothing
 is ever written there.
 
@@ -20,6 +20,7 @@ import pathlib
 import random
 import re
 import sys
+import uuid
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -767,7 +768,7 @@ def written_aside(path):
     On any failure the old file stays as it was. Raises OSError saying what could not be written.
     """
     path = pathlib.Path(path)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    aside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside

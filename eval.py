@@ -103,16 +103,20 @@ def evaluate_items(learner, settings, items, anchor_tokens=None, known=True, tes
     """`evaluate` from a list of `data.Item`s: prepares the frozen features, once for all runs that share `test_sets`.
 
     anchor_tokens (N, d_t): of the run, or None. test_sets: a dict that keeps features between calls, or None.
-    test_batch: None for the paper's 100 (MaPLe 200). cache: a folder that keeps features between runs, or None.
+    test_batch: None for the field's 100 (MaPLe 200). cache: a folder that keeps features between runs, or None.
     """
     clip_model, test_sets = learner.clip_model, {} if test_sets is None else test_sets
     maple = settings["baseline"] == "maple"
     test_batch = test_batch or (200 if maple else 100)
     images = data.Images(items, data.test_transform(clip_model.visual.input_resolution))
-    key = tuple(items)
-    if key not in test_sets:
-        test_sets[key] = frozen_features(clip_model, settings["clip"], images, workers, cache)
-    features, labels = test_sets[key]
+    key, device = tuple(items), clip_model.logit_scale.device
+    if maple and anchor_tokens is None:                      # nobody reads the frozen features
+        features = torch.zeros(len(items), 0, device=device)
+        labels = torch.tensor([item.label for item in items], device=device)
+    else:
+        if key not in test_sets:
+            test_sets[key] = frozen_features(clip_model, settings["clip"], images, workers, cache)
+        features, labels = test_sets[key]
     anchors = None
     if anchor_tokens is not None:
         anchors = anchor_features(clip_model, learner.class_names, anchor_tokens, settings)
@@ -184,8 +188,8 @@ def default_settings(dataset, baseline, template, one_stage=False):
                      "anchor_length": 1, "preposition": "of", "descriptions": "default", "max_descriptions": 10,
                      "one_stage": False, "anchor": "learnt"}
         if one_stage:
-            settings |= {"lambda_2": 0, "one_stage": True, "temperature": 1}
-            for key in ("anchor_epochs", "anchor"):
+            settings["one_stage"] = True
+            for key in ("anchor_epochs", "anchor", "lambda_2", "temperature"):           # nothing is distilled (Sec. 3.2.4)
                 del settings[key]
     if template != "anchoropt":
         for key in ("lambda_2", "temperature"):
@@ -199,7 +203,7 @@ def default_settings(dataset, baseline, template, one_stage=False):
 OPTIONS = {"shots", "classes", "clip", "dtype", "soft_tokens", "attributes", "epochs", "batch_size", "lr", "lambda_1",
            "lambda_2", "temperature", "w_cat", "depth", "arrangement", "tau", "test_position", "feature_at", "anchor",
            "anchor_length", "preposition", "anchor_epochs", "anchor_lr", "anchor_weight", "descriptions", "max_descriptions"}
-POSITIVE = {"shots", "soft_tokens", "batch_size", "temperature", "tau", "anchor_length", "max_descriptions", "depth"}
+POSITIVE = {"shots", "soft_tokens", "batch_size", "lr", "temperature", "tau", "anchor_length", "max_descriptions", "depth"}
 
 
 def resolve(args, defaults):
@@ -217,6 +221,8 @@ def resolve(args, defaults):
             continue
         if key not in defaults:
             raise ValueError(f"{option(key)} has no meaning for {cell}" + (" with --one-stage" * bool(defaults.get("one_stage"))))
+        if getattr(args, "anchor", None) and key in ("anchor_epochs", "anchor_lr", "anchor_weight", "descriptions", "max_descriptions"):
+            raise ValueError(f"{option(key)} has no meaning with --anchor, which brings an anchor learnt already")
         if key in ("descriptions", "anchor") and not os.path.isfile(value):
             raise FileNotFoundError(f"{option(key)} {value} does not exist")
         settings[key] = clip_identity(value) if key in ("clip", "descriptions", "anchor") else value
@@ -298,6 +304,20 @@ def resume(path, parts, device="cpu"):
     except Exception as error:                        # load_state_dict fails in many ways, too
         raise ValueError(f"{path}, which keeps the finished epochs, is damaged or of another run "
                          f"({' '.join(str(error).split())[:160]}); delete it to begin anew") from error
+
+
+class Unchanged:
+    """A part for `resume` that is not put back but compared: refuses a file that was begun with another `value`."""
+
+    def __init__(self, what, value):
+        self.what, self.value = what, value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        if state["value"] != self.value:
+            raise ValueError(f"it was begun with {self.what} that have changed since")
 
 
 def save_log(path, rows):
@@ -446,6 +466,8 @@ def evaluate_run(folder, dataset, args, clips):
     if done:
         print(f"finished already: {file} (--overwrite to make it again)", flush=True)
         return done
+    if dataset.notes and target == settings["dataset"]:      # a split made here depends on the seed: the run's own
+        dataset = data.load_dataset(target, args.root, saved["seed"])
     known = target in (settings["dataset"], *(VARIANTS if settings["dataset"] == "imagenet" else ()))
     if settings["classes"] != "all":
         known = False
@@ -537,13 +559,18 @@ def markdown_table(header, rows):
     return [line(header), rule, *map(line, rows)]
 
 
+def group(result):
+    """What the seeds of one run share: dataset, the run's name, its folder where it was read from one."""
+    return result["dataset"], result["run"], str(result["folder"].parent if "folder" in result else "")
+
+
 def results_table(results):
     """Table S1's rows for every group of seeds: lines of Markdown. HM is that of the mean base and mean novel."""
     groups = {}
     for result in results:
-        groups.setdefault((result["dataset"], result["run"]), []).append(result)
+        groups.setdefault(group(result), []).append(result)
     lines = []
-    for (dataset, run), seeds in groups.items():
+    for (dataset, run, _), seeds in groups.items():
         rows = []
         for reading in [reading for reading in READINGS if reading in seeds[0]["base"]]:
             values = {side: mean(seed[side][reading] for seed in seeds) for side in ("base", "novel") if seeds[0][side]}
@@ -560,8 +587,8 @@ def summary_table(results, reading):
     groups, rows = {}, []
     for result in results:
         if reading in result["base"] and result["novel"]:
-            groups.setdefault((result["dataset"], result["run"]), []).append(result)
-    for (dataset, run), seeds in groups.items():
+            groups.setdefault(group(result), []).append(result)
+    for (dataset, run, _), seeds in groups.items():
         base, novel = ([seed[side][reading] for seed in seeds] for side in ("base", "novel"))
         hm = [harmonic_mean(b, n) for b, n in zip(base, novel)]
         spread = [f" ± {statistics.stdev(values):.2f}" if len(seeds) > 1 else "" for values in (base, novel, hm)]
@@ -590,13 +617,15 @@ def draw_figure4(results, path):
     first = {}
     for result in sorted(results, key=lambda result: result["seed"]):
         if result.get("position_matrix"):
-            first.setdefault((result["dataset"], result["run"]), result)
+            first.setdefault(group(result), result)
     lengths = sorted({result["settings"]["anchor_length"] for result in first.values()})
     if len(lengths) != 1:
         raise ValueError(f"runs with {' and '.join(map(str, lengths))} anchor tokens do not go into one picture; name fewer runs"
                          if lengths else "no run with a learnt position matrix here; make one: python stage2.py")
-    several = len({dataset for dataset, _ in first}) < len(first)
-    panels = {dataset + several * f"\n{run}": first[dataset, run]["position_matrix"]["end"] for dataset, run in sorted(first)}
+    datasets, runs = ({key[:n] for key in first} for n in (1, 2))             # titles: as short as tells them apart
+    labels = {key: key[0] if len(datasets) == len(first) else f"{key[0]}\n{key[1] if len(runs) == len(first) else key[2]}"
+              for key in first}
+    panels = {labels[key]: first[key]["position_matrix"]["end"] for key in sorted(first)}
     with written_aside(path) as aside:
         plot_position_matrix(panels, aside, lengths[0])
     print(f"{path}: " + ", ".join(str(first[key]["folder"]) for key in sorted(first)))

@@ -51,7 +51,7 @@ def cross_entropy(logits, labels):
 
 
 def ensemble_logits(logits_normal, logits_anchor):
-    """q_ens, as Algorithm 1 computes it:  l_ens = (l_anc + l_norm) / 2.
+    """q_ens, as Algorithm 1 computes it:  l_ens = (l_anc + l_norm) / 2.  (S3.1 writes it with probabilities.)
 
     logits_normal, logits_anchor (B, C). Returns (B, C).
     """

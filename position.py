@@ -39,7 +39,7 @@ class PositionMatrix(nn.Module):
         self.logits = nn.Parameter(torch.randn(size, size))
 
     def forward(self):
-        """Returns W (K, K). One call is one sample: use it for all classes, images and layers of a step."""
+        """Returns W (K, K). One call is one sample (Algorithm 1's gumbel_softmax): one for all classes, images and layers."""
         if not self.training and self.test_position == "argmax":
             return hard_assignment(self.logits.detach())
         scores = self.logits + gumbel_noise(self.logits)            # log p_j^i + eps_j

@@ -3,7 +3,7 @@
     templates   PlainTemplate (Eq. 2), AttributeTemplate (Eq. 3, ATPrompt), AnchorTemplate (Eqs. 8-9)
     baselines   CoOp, CoCoOp, MaPLe, DePT, and zero-shot CLIP: each takes any of the templates
 
-Every prompt in the paper reads  [SOS] context [CLS] . [EOT].  A template makes the context, a baseline says
+Every prompt here reads  [SOS] context [CLS] . [EOT].  A template makes the context, a baseline says
 what the context depends on (nothing, the image, the layer) and what else is learnt. Only `position.py` is
 needed beside this file.
 
@@ -12,7 +12,6 @@ N anchor tokens, K = M + N, P context positions with [SOS], S suffix positions, 
 """
 
 import copy
-import difflib
 import functools
 import hashlib
 import os
@@ -60,21 +59,21 @@ def load_clip(name_or_path, device="cpu", dtype=None):
     elif os.path.isfile(name_or_path):
         model = _load_checkpoint(name_or_path)
     else:
-        names = ["toy", *clip.available_models()]
-        close = difflib.get_close_matches(str(name_or_path), names, n=3, cutoff=0.4) or names
-        raise FileNotFoundError(f"--clip {name_or_path}: neither a file nor a CLIP that is known here; "
-                                f"did you mean {', '.join(close)}?")
+        raise FileNotFoundError(f"--clip {name_or_path}: neither a file nor one of toy, {', '.join(clip.available_models())}")
     dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
-    for parameter in model.parameters():        # build_model left float16 just where CLIP wants it
+    clip.model.convert_weights(model)           # float16 where CLIP has it (exact: its checkpoints do), then `dtype` there
+    for parameter in model.parameters():
         if dtype in (torch.float32, torch.float64) or parameter.dtype == torch.float16:
             parameter.data = parameter.data.to(dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
 def clip_identity(name_or_path):
-    """A short name that two CLIPs share only if they are the same: the name, or file-<SHA-256's start>."""
-    path = pathlib.Path(name_or_path)
-    return f"{path.stem}-{sha256(path)[:8]}" if path.is_file() else str(name_or_path)
+    """A short name that two CLIPs (or other files) share only if they are the same: OpenAI's, or file-<SHA-256's start>."""
+    if not os.path.isfile(name_or_path):
+        return str(name_or_path)
+    known = {url.split("/")[-2]: name for name, url in clip.clip._MODELS.items()}
+    return known.get(sha256(name_or_path), f"{pathlib.Path(name_or_path).stem}-{sha256(name_or_path)[:8]}")
 
 
 def sha256(path):
@@ -182,15 +181,10 @@ def queries_keys_values(block, x):
 
 
 def after_attention(block, x, attended):
-    """x (..., L, d_t), attended (..., L, d_t) -> (..., L, d_t): the second half of a CLIP residual block."""
-    x = x + block.attn.out_proj(attended)
+    """x (..., L, d_t), attended (..., H, L, d_t / H) -> (..., L, d_t): the second half of a CLIP residual block."""
+    x = x + block.attn.out_proj(attended.transpose(-3, -2).flatten(-2))
     h = block.mlp.c_fc(layer_norm(block.ln_2, x))
     return x + block.mlp.c_proj(F.silu(1.702 * h) / 1.702)      # QuickGELU, h sigmoid(1.702 h): one tensor kept, not two
-
-
-def merge_heads(x):
-    """(..., H, L, d_t / H) -> (..., L, d_t)."""
-    return x.transpose(-3, -2).flatten(-2)
 
 
 def encode_text(clip_model, context, suffix, eot, deep=None, read_back=0, class_chunk=0):
@@ -221,25 +215,35 @@ def encode_text(clip_model, context, suffix, eot, deep=None, read_back=0, class_
             h = torch.cat([h[:, :1], deep(layer, h[:, 1:]).to(h.dtype)], dim=1)
         q, k, v = queries_keys_values(block, h)
         keys_values += [k, v]
-        h = after_attention(block, h, merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+        h = after_attention(block, h, F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
     learning, class_chunk = torch.is_grad_enabled(), class_chunk or len(suffix)
     if not learning:                                      # bounds a test batch's memory; on a CPU 512 are 2x faster than 5,000
         class_chunk = min(class_chunk, max(1, (512 if h.device.type == "cpu" else 8192) // len(h)))
-    features = []
+    recomputed = functools.partial(checkpoint, _encode_suffix, use_reentrant=False, preserve_rng_state=False)
+    encode, features = recomputed if learning and class_chunk < len(suffix) else _encode_suffix, []
     for x, own_eot in zip(suffix.split(class_chunk), eot.split(class_chunk)):
         x = (x.to(clip_model.dtype) + positions[P:P + S]).expand(len(h), *x.shape)
-        part = functools.partial(_encode_suffix, clip_model, x, own_eot, read_back, h, *keys_values)
-        features.append(checkpoint(part, use_reentrant=False) if learning and class_chunk < len(suffix) else part())
+        features.append(encode(clip_model, x, own_eot, read_back, h, *keys_values))
     return torch.cat(features, dim=1).reshape(*context.shape[:-2], len(suffix), -1)
+
+
+@functools.lru_cache(maxsize=1024)                              # so that a training step copies nothing to the GPU
+def _places(eot, S, P, read_back, device):
+    """Index tensors of `_encode_suffix`: which of the C x S places are used (T,), and where each feature is read (C,)."""
+    eot = torch.tensor(eot)
+    packed = (torch.arange(S) <= eot[:, None]).flatten().nonzero().squeeze(1)      # up to [EOT]
+    at = eot - read_back                                        # from the suffix's start; below 0: in the context
+    in_grid = torch.arange(len(eot)) * S + at.clamp_min(0)      # among the C * S,
+    in_pack = (eot + 1).cumsum(0) - (eot + 1) + at.clamp_min(0)                    # and among the T
+    return [t.to(device) for t in (packed, in_grid, in_pack, (at < 0)[:, None], (P + at).clamp(0, P - 1))]
 
 
 def _encode_suffix(clip_model, x, eot, read_back, context_states, *keys_values):
     """The classes' own part of `encode_text`: x (B, C, S, d_t) behind the context -> features (B, C, d)."""
     B, C, S, d_t = x.shape
     P, heads = context_states.shape[1], keys_values[0].shape[1]
-    alive = torch.arange(S) <= eot[:, None]                     # (C, S): up to [EOT]
-    packed = alive.flatten().nonzero().squeeze(1).to(x.device)  # (T,): places of the (C, S) grid that are used
+    packed, in_grid, in_pack, early, in_context = _places(tuple(eot.tolist()), S, P, read_back, x.device)
     later = torch.ones(S, S, dtype=torch.bool, device=x.device).triu(1)         # suffix position s sees 0..s
 
     def spread(t):                                              # (B, T, d_t) -> (B, H, C, S, d_t / H)
@@ -247,9 +251,6 @@ def _encode_suffix(clip_model, x, eot, read_back, context_states, *keys_values):
         grid[:, :, packed] = t.unflatten(-1, (heads, -1)).transpose(1, 2)
         return grid.unflatten(2, (C, S))
 
-    at = eot - read_back                                        # (C,): where to read, from the suffix's start
-    in_grid = (torch.arange(C) * S + at.clamp_min(0)).to(x.device)                 # that place among the C * S,
-    in_pack = ((eot + 1).cumsum(0) - (eot + 1) + at.clamp_min(0)).to(x.device)     # and among the T
     x = x.reshape(B, C * S, d_t).index_select(1, packed)        # (B, T, d_t)
     for block, k, v in zip(clip_model.transformer.resblocks, keys_values[::2], keys_values[1::2]):
         qkv = F.linear(layer_norm(block.ln_1, x), block.attn.in_proj_weight, block.attn.in_proj_bias)
@@ -261,11 +262,10 @@ def _encode_suffix(clip_model, x, eot, read_back, context_states, *keys_values):
         attended = A[..., :P].flatten(2, 3) @ v + (A[..., P:] @ v_own).flatten(2, 3)      # (B, H, C * S, d_t / H)
         if block is clip_model.transformer.resblocks[-1]:       # of the last states, only those read: (B, C, d_t)
             x, packed = x.index_select(1, in_pack), in_grid
-        x = after_attention(block, x, merge_heads(attended.index_select(2, packed)))
+        x = after_attention(block, x, attended.index_select(2, packed))
 
-    if bool((at < 0).any()):                                    # before the suffix: the context's own states
-        in_context = context_states.index_select(1, (P + at).clamp(0, P - 1).to(x.device))
-        x = torch.where((at < 0).to(x.device)[:, None], in_context, x)
+    if read_back:                                               # before the suffix: the context's own states
+        x = torch.where(early, context_states.index_select(1, in_context), x)
     return layer_norm(clip_model.ln_final, x) @ clip_model.text_projection
 
 
@@ -303,7 +303,7 @@ def encode_image(clip_model, images, tokens=()):
         q, k, v = queries_keys_values(block, x)
         if block is visual.transformer.resblocks[-1]:           # of the last states, only [CLS]'s is read
             q, x = q[:, :, :1], x[:, :1]
-        x = after_attention(block, x, merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        x = after_attention(block, x, F.scaled_dot_product_attention(q, k, v))
     return layer_norm(visual.ln_post, x[:, 0]) @ visual.proj
 
 

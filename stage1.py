@@ -35,19 +35,25 @@ def learning_rate(epoch, epochs, lr):
     return 1e-5 if epoch == 1 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 2) / epochs))
 
 
-def learn_anchor(prompt, targets, epochs, steps, lr, weight, variance=0.0, checkpoint=None):
+def scaled_backward(loss, tokens):
+    """loss.backward() for tokens.grad, times 2^8 on the way: Eq. 5's gradients of many classes are too small for float16."""
+    (256 * loss).backward()
+    tokens.grad /= 256
+
+
+def learn_anchor(prompt, targets, epochs, steps, lr, weight, variance=0.0, checkpoint=None, digest=""):
     """Minimises  weight * L_theta_a  (Eq. 5) over the anchor tokens theta_a, and nothing else.
 
     prompt: an `anchor.AnchorPrompt` of the C base classes, changed in place. targets (C, d): the means of their unit
     description features, not renormalised. epochs, steps: steps a epoch; each takes all classes. lr, weight: the
     learning rate and the factor before the loss. variance: the constant that completes the reported loss
     (`losses.description_variance`). checkpoint: None, or a file that keeps every finished epoch; where it holds
-    some, learning goes on from there.
+    some, learning goes on from there, if it was begun with the same digest (of the descriptions).
     Returns the log: a dict per epoch (epoch, lr, loss, seconds). Raises ValueError when the loss is not
     finite, with the tokens put back to the last good epoch.
     """
     optimizer = torch.optim.SGD([prompt.tokens], lr=lr, momentum=0.9, weight_decay=5e-4)
-    state = {"prompt": prompt, "optimizer": optimizer}
+    state = {"prompt": prompt, "optimizer": optimizer, "digest": evaluation.Unchanged("descriptions", digest)}
     log = [] if checkpoint is None else evaluation.resume(checkpoint, state, prompt.tokens.device)
     bar = tqdm(total=epochs * steps, initial=len(log) * steps, desc="stage I ", unit="step", disable=None)
     for epoch in range(len(log) + 1, epochs + 1):
@@ -58,7 +64,7 @@ def learn_anchor(prompt, targets, epochs, steps, lr, weight, variance=0.0, check
         for _ in range(steps):
             loss = losses.anchor_mse(prompt(), targets)                                         # Eq. 5
             optimizer.zero_grad()
-            (weight * loss).backward()
+            scaled_backward(weight * loss, prompt.tokens)
             optimizer.step()
             epoch_losses.append(loss.detach())
         epoch_losses = torch.stack(epoch_losses).cpu()         # read once an epoch: a step waits for nobody
@@ -127,7 +133,7 @@ def find_or_learn_anchor(clip_model, class_names, args, settings, seed):
         before = cosine()
         log = learn_anchor(prompt, torch.stack([f.mean(0) for f in features]), settings["anchor_epochs"], steps,
                            settings["anchor_lr"], settings["anchor_weight"],
-                           losses.description_variance(features).item(), folder / "last.pt")
+                           losses.description_variance(features).item(), folder / "last.pt", sentences_digest(sentences))
         evaluation.save_log(folder / "log.csv", log)
         with evaluation.written_aside(file) as aside:
             own |= {"class_names": list(class_names), "sentences": sentences_digest(sentences)}
@@ -195,8 +201,10 @@ def main(argv=None):
 
 
 def run(args):
-    settings = evaluation.resolve(args, evaluation.default_settings(args.dataset, "coop", "anchoropt"))
     dataset = data.load_dataset(args.dataset, args.root)
+    if not dataset.train:
+        raise ValueError(f"{args.dataset} is for testing alone; learn the anchor on another dataset, e.g. imagenet")
+    settings = evaluation.resolve(args, evaluation.default_settings(args.dataset, "coop", "anchoropt"))
     for note in dataset.notes:
         print(f"note: {note}")
     use_threads(settings)

@@ -12,6 +12,7 @@ was learnt, with its settings), results.json and log.csv to output/<dataset>/<ba
 import argparse
 import collections
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -70,13 +71,16 @@ def train(learner, images, settings, seed, checkpoint, anchor_features=None, anc
     (items, decoded), batch_size = images, settings["batch_size"]
     transform = data.train_transform(clip_model.visual.input_resolution)
     chunk = max(1, ENCODE_BATCH // batch_size) * batch_size
+    optimizer = torch.optim.SGD(learner.parameters(), lr=settings["lr"], momentum=0.9, weight_decay=5e-4)
+    state = {"learner": learner, "optimizer": optimizer}
+    if anchor_step:
+        state["anchor_step"] = anchor_step
+    elif anchor_features is not None:
+        anchor = learner.template.anchor_tokens.cpu().numpy().tobytes()
+        state["anchor"] = evaluation.Unchanged("anchor tokens", hashlib.sha256(anchor).hexdigest())
     if not settings.get("lambda_2"):
         anchor_features = None                                  # nothing is distilled (Tab. 9)
     needs_features = settings["baseline"] != "maple" or anchor_features is not None
-
-    parameters = list(learner.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=settings["lr"], momentum=0.9, weight_decay=5e-4)
-    state = {"learner": learner, "optimizer": optimizer, **({"anchor_step": anchor_step} if anchor_step else {})}
     log = evaluation.resume(checkpoint, state, device)
     if log:
         evaluation.save_log(checkpoint.with_name("log.csv"), log)       # a process may have died between the two files
@@ -142,7 +146,7 @@ class OneStage:
         self.optimizer.param_groups[0]["lr"] = schedule * self.settings["anchor_lr"]
         loss = self.settings["anchor_weight"] * losses.anchor_mse(self.prompt(), self.targets)       # Eq. 5
         self.optimizer.zero_grad()
-        loss.backward()
+        stage1.scaled_backward(loss, self.prompt.tokens)
         self.optimizer.step()
         self.follow()
 

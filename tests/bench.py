@@ -11,8 +11,8 @@ conventional  77 positions for every class through CLIP's own, unmodified residu
 
 Both share whatever never touches a tower (template with its Gumbel noise, meta-network, heads, loss functions, optimizer) and
 run on the same weights and inputs in one process, in turns. A step is forward, backward and update (the text side:
-forward and backward). Times are medians; a cell that takes over a minute is repeated less often, but at least
-twice. Peak memory is that of a process of its own.
+forward and backward). Times are medians of turns of two seconds, or of one step where it takes longer, after a warm-up; a cell
+has at most five turns, and none begins after a minute. Peak memory is that of a process of its own.
 """
 
 import argparse
@@ -238,21 +238,24 @@ def differences(case, text_only=False):
     return each[0], max(each[1:])
 
 
-def seconds(function, device):
+def seconds(function, device, at_least=0):
+    """Seconds a call: the mean of one call, or of as many as `at_least` seconds take."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
+    start, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - start < at_least:
+        function()
+        calls += 1
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
 def medians(functions, device, repeats, patience=60):
-    """Median seconds of each function. They take turns, so that a machine that slows down slows all of them."""
+    """Median seconds of each function. They take turns of two seconds or a call, so that a machine that slows down slows all."""
     times, start = [], time.perf_counter()
-    while len(times) < repeats and (len(times) < min(2, repeats) or time.perf_counter() - start < patience):
-        times.append([seconds(function, device) for function in functions])
+    while not times or len(times) < repeats and time.perf_counter() - start < patience:
+        times.append([seconds(function, device, at_least=2 if repeats > 1 else 0) for function in functions])
     return [statistics.median(column) for column in zip(*times)]
 
 
@@ -280,10 +283,12 @@ def measure_alone(args, side, row, n_classes):
 
 
 @functools.cache
-def alone(side, row, n_classes, options):
-    """`measure_alone` in a process of its own: {"gb": peak memory, "seconds": of its step}."""
+def alone(side, row, n_classes, options, exact=False):
+    """`measure_alone` in a process of its own: {"gb": peak memory, "seconds": of its step}. exact: to extrapolate from."""
     command = [sys.executable, "-W", "ignore", __file__, *options, "--alone", side, row, str(n_classes)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    # glibc keeps what small tensors leave free, up to half as much again; the large ones that are extrapolated to leave nothing
+    tight = {"MALLOC_MMAP_THRESHOLD_": "1000000"} if exact else {}
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | tight)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
     return json.loads(result.stdout.splitlines()[-1])
@@ -302,7 +307,7 @@ def available_gb(device):
 def too_much(args, row, n_classes):
     """None, or "n/a (needs X GB)": what the conventional step of this cell would take, on a line through two smaller ones."""
     few, many = (20, 50) if row == "cocoop" else (80, 200)                 # CoCoOp's step has a prompt for each class and image
-    small, large = (alone("conventional", row, n, args.options) for n in (few, many))
+    small, large = (alone("conventional", row, n, args.options, exact=True) for n in (few, many))
     gb, took = (large[key] + (large[key] - small[key]) * (n_classes - many) / (many - few) for key in ("gb", "seconds"))
     if gb < 0.9 * available_gb(args.device) and took < args.patience:
         return None

@@ -59,7 +59,7 @@ def test_class_names_look_real_and_are_stable():
 
 
 def test_cell_that_does_not_fit_is_extrapolated_and_says_so(monkeypatch):
-    monkeypatch.setattr(bench, "alone", lambda side, row, n, options: {"gb": 1 + 0.04 * n, "seconds": 0.1 * n})
+    monkeypatch.setattr(bench, "alone", lambda side, row, n, options, exact: {"gb": 1 + 0.04 * n, "seconds": 0.1 * n})
     monkeypatch.setattr(bench, "available_gb", lambda device: 20)
     args = bench.parse([])
     assert bench.too_much(args, "coop", 100) is None

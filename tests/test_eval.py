@@ -460,6 +460,20 @@ def test_bad_options_end_in_one_line(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_copies_of_a_run_in_two_trees_are_two_runs(tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluation, "plot_position_matrix",
+                        lambda W, path, n_anchor: (drawn.append(list(W)), pathlib.Path(path).write_text("picture")))
+    for tree in ("a", "b"):
+        made_up(tmp_path / tree, "dtd")
+    assert run(evaluation, tmp_path / "a", tmp_path / "b") == 0
+    out = capsys.readouterr().out
+    assert out.count("dtd, coop-anchoropt, seed 1") == 2 and "seeds" not in out
+    assert run(evaluation, "--summary", "final", tmp_path) == 0 and "±" not in capsys.readouterr().out
+    assert run(evaluation, "--figure", "4", tmp_path, "--output", tmp_path / "a.png") == 0
+    assert drawn == [[f"dtd\n{tmp_path / tree / 'dtd' / 'coop-anchoropt'}" for tree in ("a", "b")]]
+
+
 def test_figure_4_draws_the_lowest_seed_of_every_run(tmp_path, capsys, monkeypatch):
     drawn = []
     monkeypatch.setattr(evaluation, "plot_position_matrix",
@@ -543,6 +557,41 @@ def by_hand(folder, path, target, names):
         others = score.scatter(1, labels[:, None], -9).amax(-1)
         found[reading] = [100 * (own > others + slack).double().mean().item() for slack in (1e-5, -1e-5)]
     return found, len(labels)
+
+
+def test_a_run_on_a_split_of_its_own_is_tested_on_its_own_seeds_test_images(world, tmp_path, monkeypatch):
+    folder, _ = world
+    names = worlds.eurosat_tree(tmp_path / "data", per_class=10)
+    [path.unlink() for path in (tmp_path / "data").rglob("split_*.json")]
+    worlds.write_descriptions(tmp_path / "said.json", names)
+    common = ["--root", tmp_path / "data", "--clip", folder / "tiny.pt", "--device", "cpu"]
+    assert run(stage2, "--dataset", "eurosat", "--seeds", 2, "--descriptions", tmp_path / "said.json", "--epochs", 1,
+               "--anchor-epochs", 1, "--no-plot", "--output", tmp_path / "output", *common) == 0
+    tested, real = [], evaluation.evaluate_items
+    monkeypatch.setattr(evaluation, "evaluate_items", lambda learner, settings, items, *rest: tested.append(items) or real(
+        learner, settings, items, *rest))
+    assert run(evaluation, next((tmp_path / "output" / "eurosat").glob("coop-*")), "--dataset", "eurosat", *common) == 0
+    first, second = (data.load_dataset("eurosat", tmp_path / "data", seed).test for seed in (1, 2))
+    assert tested == [second] and first != second
+
+
+def test_maple_without_an_anchor_encodes_no_image_twice(monkeypatch):
+    items = data.load_dataset("toy").test[:6]
+    model = prompts.load_clip("toy")
+    found = []
+    for frozen in (evaluation.frozen_features, None):
+        torch.manual_seed(0)
+        settings = evaluation.default_settings("toy", "maple", "plain")
+        learner = prompts.build_learner(settings, model, data.TOY_CLASSES)
+        monkeypatch.setattr(evaluation, "frozen_features", frozen)
+        if frozen:                                                          # by hand, with features that are there
+            images = data.Images(items, data.test_transform(32))
+            pixels = data.batches(images, range(6), 200)
+            features, labels = frozen(model, "toy", images)
+            found.append(evaluation.evaluate(learner, features, labels, None, True, pixels, 200))
+        else:
+            found.append(evaluation.evaluate_items(learner, settings, items))
+    assert found[0] == found[1]
 
 
 def test_a_run_on_imagenet_carries_its_prompt_and_anchor_to_other_datasets(world, capsys):

@@ -456,7 +456,8 @@ def test_the_resume_file_of_stage_1(tmp_path, world):
     content = torch.load(file_of(world, "last.pt", "anchor"), weights_only=True)
     assert len(content["log"]) == 2
     targets = torch.zeros(2, 64)
-    check_checkpoints_that_go_on(path, content, lambda: stage1.learn_anchor(prompt, targets, 2, 1, 0.002, 1000, 0, path), 100, 60)
+    check_checkpoints_that_go_on(path, content, lambda: stage1.learn_anchor(
+        prompt, targets, 2, 1, 0.002, 1000, 0, path, content["digest"]["value"]), 100, 60)
 
 
 def check_checkpoints_that_go_on(path, content, call, *counts):

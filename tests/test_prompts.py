@@ -368,6 +368,30 @@ def test_load_clip_reads_a_state_dict_in_any_precision(tmp_path):
         assert all(p.dtype == torch.float32 for p in made.parameters())
 
 
+def test_openais_clip_by_name_is_in_the_precision_asked_for_and_known_by_its_file(tmp_path, monkeypatch):
+    """`clip.load` on a CPU turns everything to float32; the rule of its own checkpoints is what counts."""
+    path = tmp_path / "ViT-B-16.pt"
+    torch.save(tiny_clip().half().state_dict(), path)
+    monkeypatch.setattr(prompts.clip.clip, "_download", lambda url, root: str(path))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        named, read = prompts.load_clip("ViT-B/16", dtype=dtype), prompts.load_clip(str(path), dtype=dtype)
+        assert named.dtype == dtype
+        for (name, a), b in zip(named.named_parameters(), read.parameters()):
+            assert a.dtype == b.dtype and torch.equal(a, b), name
+    assert re.fullmatch(r"ViT-B-16-[0-9a-f]{8}", prompts.clip_identity(str(path)))          # nobody's file
+    url = f"https://host/{prompts.sha256(path)}/ViT-B-16.pt"
+    monkeypatch.setitem(prompts.clip.clip._MODELS, "ViT-B/16", url)
+    assert prompts.clip_identity(str(path)) == prompts.clip_identity("ViT-B/16") == "ViT-B/16"
+
+
+def test_a_step_finds_its_index_tensors_on_the_device():
+    made = learner("coop")
+    made.text_features()
+    misses = prompts._places.cache_info().misses
+    made.text_features()
+    assert prompts._places.cache_info().misses == misses
+
+
 def test_load_clip_says_what_is_wrong(tmp_path):
     for name, match in [("ViT-B/61", "ViT-B/16"), (str(tmp_path / "none.pt"), "neither a file")]:
         with pytest.raises(FileNotFoundError, match=match):
