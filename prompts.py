@@ -72,8 +72,8 @@ def clip_identity(name_or_path):
     """A short name that two CLIPs (or other files) share only if they are the same: OpenAI's, or file-<SHA-256's start>."""
     if not os.path.isfile(name_or_path):
         return str(name_or_path)
-    known = {url.split("/")[-2]: name for name, url in clip.clip._MODELS.items()}
-    return known.get(sha256(name_or_path), f"{pathlib.Path(name_or_path).stem}-{sha256(name_or_path)[:8]}")
+    digest, stem = sha256(name_or_path), pathlib.Path(name_or_path).stem
+    return {url.split("/")[-2]: name for name, url in clip.clip._MODELS.items()}.get(digest, f"{stem}-{digest[:8]}")
 
 
 def sha256(path):
@@ -107,7 +107,7 @@ def _load_checkpoint(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 holds_code = any(name.endswith("constants.pkl") for name in archive.namelist())      # TorchScript
-            if holds_code and not any(sha256(path) in url for url in clip.clip._MODELS.values()):
+            if holds_code and clip_identity(path) not in clip.available_models():
                 raise ValueError(f"a TorchScript file, but none of OpenAI's (SHA-256 {sha256(path)})")
             if holds_code:
                 return clip.load(path, device="cpu", jit=False)[0]
