@@ -384,6 +384,17 @@ def test_openais_clip_by_name_is_in_the_precision_asked_for_and_known_by_its_fil
     assert prompts.clip_identity(str(path)) == prompts.clip_identity("ViT-B/16") == "ViT-B/16"
 
 
+def test_openais_own_torchscript_file_is_taken_and_no_other(tmp_path, monkeypatch):
+    path, model = tmp_path / "ViT-B-16.pt", tiny_clip()
+    torch.jit.trace(model, (torch.randn(1, 3, 32, 32), clip.tokenize(["ant"])), check_trace=False).save(str(path))
+    with pytest.raises(ValueError, match=f"none of OpenAI's .SHA-256 {prompts.sha256(path)}"):
+        prompts.load_clip(str(path))
+    monkeypatch.setitem(prompts.clip.clip._MODELS, "ViT-B/16", f"https://host/{prompts.sha256(path)}/ViT-B-16.pt")
+    loaded = prompts.load_clip(str(path), dtype=torch.float16)
+    assert loaded.dtype == torch.float16
+    assert relative(loaded.visual.proj.float(), model.visual.proj) < 1e-3
+
+
 def test_a_step_finds_its_index_tensors_on_the_device():
     made = learner("coop")
     made.text_features()
