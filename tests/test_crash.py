@@ -71,6 +71,7 @@ def killed_halfway(original, args):
 
 
 def control_c(original, args):
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background job, as pytest may be, ignores it
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(5)
 
