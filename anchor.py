@@ -1,7 +1,7 @@
 """Anchor tokens: the anchor prompt of Eq. 4, its files, and what its tokens look like as words (S4).
 
-The anchor prompt reads  [SOS] [Anc_1] ... [Anc_N] [of] [CLS] . [EOT].  Stage I learns its N tokens; Stage II
-freezes them. Needs `prompts.py` (and so `position.py`) beside this file.
+The anchor prompt reads  [SOS] [Anc_1] ... [Anc_N] [of] [CLS] . [EOT].  Stage I learns its N tokens; Stage
+II freezes them. Needs `prompts.py` (and so `position.py`) beside this file.
 """
 
 import re
@@ -26,24 +26,54 @@ class AnchorPrompt(nn.Module):
         super().__init__()
         if n_anchor < 1:
             raise ValueError(f"an anchor prompt needs at least one anchor token, got {n_anchor}")
-        object.__setattr__(self, "clip_model", clip_model)          # not a submodule: its weights are not ours
+        object.__setattr__(self, "clip_model", clip_model)     # not a submodule: its weights are not ours
         self.tokens = new_tokens(clip_model, n_anchor)
         word = "" if preposition in (None, "none") else preposition
         self.register_buffer("sos", embed(clip_model, [SOS]), persistent=False)
-        self.register_buffer("preposition", embed(clip_model, TOKENIZER.encode(word)), persistent=False)
+        of = embed(clip_model, TOKENIZER.encode(word))
+        self.register_buffer("preposition", of, persistent=False)
         self.class_chunk = class_chunk
         self.set_classes(class_names)
 
     def set_classes(self, class_names):
         """Binds the same anchor to these C classes."""
         before = 1 + len(self.tokens) + len(self.preposition)
-        self.suffix, self.eot = class_suffix(self.clip_model, [name + "." for name in class_names], before)
+        texts = [name + "." for name in class_names]
+        self.suffix, self.eot = class_suffix(self.clip_model, texts, before)
         return self
 
     def forward(self):
-        context = torch.cat([self.sos, self.tokens, self.preposition])              # shared by all classes
-        return unit(encode_text(self.clip_model, context, self.suffix, self.eot, class_chunk=self.class_chunk))
+        context = torch.cat([self.sos, self.tokens, self.preposition])      # shared by all classes
+        features = encode_text(self.clip_model, context, self.suffix, self.eot,
+                               class_chunk=self.class_chunk)
+        return unit(features)
 
+
+@torch.no_grad()
+def anchor_features(clip_model, class_names, tokens, preposition="of", class_chunk=0):
+    """Unit features f_T(t_anc) (C, d) of these classes, for frozen anchor tokens (N, d_t)."""
+    prompt = AnchorPrompt(clip_model, class_names, len(tokens), preposition, class_chunk)
+    prompt.tokens.data.copy_(tokens)
+    return prompt()
+
+
+def nearest_words(tokens, clip_model, k=10):
+    """S4: for each anchor token the k vocabulary entries nearest to it, by Euclidean distance.
+
+    tokens (N, d_t). Returns N lists of (word, distance), nearest first. As the paper finds, they make no
+    sense to a person: anchors live between the words.
+    """
+    table = clip_model.token_embedding.weight.float()                       # (vocabulary, d_t)
+    distances = torch.cdist(tokens.detach().to(table), table)               # (N, vocabulary)
+    nearest, ids = distances.topk(min(k, len(table)), largest=False)
+    words = []
+    for row_ids, row in zip(ids.tolist(), nearest.tolist()):
+        names = [TOKENIZER.decoder[i].replace("</w>", "") for i in row_ids]
+        words.append(list(zip(names, row)))
+    return words
+
+
+# ---------------------------------------------------------------------------- files
 
 def save_anchor(path, tokens, settings):
     """Writes anchor tokens (N, d_t) and the settings (plain values) they were learnt with.
@@ -51,6 +81,66 @@ def save_anchor(path, tokens, settings):
     The file is loaded with weights_only=True. Raises OSError where the path cannot be written.
     """
     torch.save({"anchor_tokens": tokens.detach().cpu().clone(), "settings": dict(settings)}, path)
+
+
+def load_anchor(path):
+    """Reads anchor tokens: (tokens (N, d_t) float32 on the CPU, settings dict).
+
+    Takes the files of `save_anchor` and the authors' released .pth.tar checkpoints, whose settings are
+    unknown: their dict comes back empty. A file is read as data: no code of its pickle is run; the
+    optimizer state beside a released anchor is read past, and any other class is refused.
+    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or holds anything else.
+    """
+    try:
+        with torch.serialization.safe_globals(RELEASED_GLOBALS):
+            content = read_as_data(path)
+    except ValueError as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error.__cause__))
+        reason = "damaged, or no torch.save file"
+        if foreign:
+            reason = f"it asks for {foreign[1]}, which is not data"
+        raise ValueError(f"{path} could not be read as an anchor file, and nothing in it was run: "
+                         f"{reason}") from error
+
+    parts, settings = [], {}
+    if isinstance(content, dict) and "anchor_tokens" in content:
+        parts, settings = [content["anchor_tokens"]], content.get("settings", {})
+    elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        found = {key: value for key, value in content["state_dict"].items()
+                 if str(key).startswith("anchor_ctx")}
+        parts = [found[key] for key in sorted(found, key=lambda key: (len(key), key))]      # _2 before _10
+    sound = (parts and all(_is_tokens(part) for part in parts)
+             and len({part.shape[1] for part in parts}) == 1 and isinstance(settings, dict))
+    if not sound:
+        raise ValueError(f"{path} holds no anchor tokens (N, d_t) of finite numbers")
+    return torch.cat(parts).float(), settings
+
+
+def _is_tokens(part):
+    """Is this a (n, d_t) of finite numbers, in memory?"""
+    if not torch.is_tensor(part) or part.layout != torch.strided or part.device.type != "cpu":
+        return False
+    if part.dim() != 2 or part.numel() == 0 or not part.is_floating_point():
+        return False
+    return bool(part.isfinite().all())
+
+
+def read_as_data(path, device="cpu"):
+    """`torch.load` as data, never code, after a look at the checksums.
+
+    Raises FileNotFoundError, PermissionError, or ValueError for a damaged or foreign file.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():           # torch.load itself takes a flipped bit for another number
+                    raise ValueError("damaged: its checksums differ")
+        return torch.load(path, map_location=device, weights_only=True)
+    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:                  # unpicklers fail in many ways on damaged files
+        reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
+        raise ValueError(reason) from error
 
 
 class Inert:
@@ -63,65 +153,6 @@ def plain_dict(*factory):
 
 
 # The globals that the released files name, and the harmless things that they get: no foreign class is built.
-RELEASED_GLOBALS = [(Inert, "torch.optim.sgd.SGD"), (Inert, "torch.optim.lr_scheduler.CosineAnnealingLR"),
+RELEASED_GLOBALS = [(Inert, "torch.optim.sgd.SGD"),
+                    (Inert, "torch.optim.lr_scheduler.CosineAnnealingLR"),
                     (plain_dict, "collections.defaultdict"), dict]
-
-
-def read_as_data(path, device="cpu"):
-    """`torch.load` as data, never code, after a look at the checksums.
-
-    Raises FileNotFoundError, PermissionError, or ValueError for a damaged or foreign file.
-    """
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():                   # torch.load itself takes a flipped bit for another number
-                    raise ValueError("damaged: its checksums differ")
-        return torch.load(path, map_location=device, weights_only=True)
-    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:                          # unpicklers fail in many ways on damaged files
-        raise ValueError(str(error).strip().split("\n")[0][:160] or type(error).__name__) from error
-
-
-def load_anchor(path):
-    """Reads anchor tokens: (tokens (N, d_t) float32 on the CPU, settings dict).
-
-    Takes the files of `save_anchor` and the authors' released .pth.tar checkpoints, whose settings are unknown:
-    their dict comes back empty. A file is read as data: no code of its pickle is run; the
-    optimizer state beside a released anchor is read past, and any other class is refused.
-    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or holds anything else.
-    """
-    try:
-        with torch.serialization.safe_globals(RELEASED_GLOBALS):
-            content = read_as_data(path)
-    except ValueError as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error.__cause__))
-        reason = f"it asks for {foreign[1]}, which is not data" if foreign else "damaged, or no torch.save file"
-        raise ValueError(f"{path} could not be read as an anchor file, and nothing in it was run: {reason}") from error
-    parts, settings = [], {}
-    if isinstance(content, dict) and "anchor_tokens" in content:
-        parts, settings = [content["anchor_tokens"]], content.get("settings", {})
-    elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        found = {key: value for key, value in content["state_dict"].items() if str(key).startswith("anchor_ctx")}
-        parts = [found[key] for key in sorted(found, key=lambda key: (len(key), key))]         # _2 before _10
-
-    def sound(part):
-        return torch.is_tensor(part) and part.layout == torch.strided and part.device.type == "cpu" \
-            and part.is_floating_point() and part.dim() == 2 and part.numel() and part.isfinite().all()
-    if not parts or not all(map(sound, parts)) or len({part.shape[1] for part in parts}) > 1 or not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no anchor tokens (N, d_t) of finite numbers; "
-                         "make an anchor with: python stage1.py --dataset NAME")
-    return torch.cat(parts).float(), settings
-
-
-def nearest_words(tokens, clip_model, k=10):
-    """S4: for each anchor token the k vocabulary entries nearest to it, by Euclidean distance.
-
-    tokens (N, d_t). Returns N lists of (word, distance), nearest first. As the paper finds, they make no
-    sense to a person: anchors live between the words.
-    """
-    table = clip_model.token_embedding.weight.float()                                     # (vocabulary, d_t)
-    distances, ids = torch.cdist(tokens.detach().to(table), table).topk(min(k, len(table)), largest=False)
-    return [[(TOKENIZER.decoder[int(i)].replace("</w>", ""), float(d)) for i, d in zip(row_ids, row)]
-            for row_ids, row in zip(ids, distances)]

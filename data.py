@@ -11,8 +11,11 @@ What differs between datasets stands in one table, DATASETS; the readers below i
 """
 
 import argparse
+import collections
 import contextlib
 import difflib
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,35 +24,35 @@ import random
 import re
 import sys
 import uuid
+import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader
+from PIL import Image
 from torchvision import transforms as T
-from torchvision.transforms.functional import InterpolationMode
 from tqdm import tqdm
 
 
 class Item(NamedTuple):
-    source: object                 # path of an image file, or a ToyImage
+    source: str                    # path of an image file
     label: int
 
 
 class Dataset(NamedTuple):
     name: str
+    folder: str                    # where it lies; paths of images are told from here
     class_names: list              # index = label; as CLIP reads them, without underscores
     train: list                    # of Item; train and val are empty for test-only sets
     val: list
     test: list
-    notes: list                    # warnings that a script should print
+    notes: list                    # why figures on it do not compare with published ones; [] where they do
 
 
 # ------------------------------------------------------------------------------------------ the table
 
+ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 
 
@@ -113,7 +116,7 @@ DATASETS = {
     "imagenet_r": Row(
         "imagenet-rendition", ("imagenet-r",), "some wnids", "classnames.txt", 200, PHOTO,
         "https://github.com/hendrycks/imagenet-r"),
-    "toy": Row("", ("",), "toy", "", 0, PHOTO, "drawn by this file"),
+    "toy": Row("toy", ("images",), "json", "split_toy.json", 48, PHOTO, "this repository"),     # under assets/
 }
 
 
@@ -129,10 +132,7 @@ def load_dataset(name, root=None, seed=1):
         raise ValueError(f"unknown dataset {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else
                                                           f"known: {', '.join(DATASETS)}"))
     row = DATASETS[name]
-    if row.kind == "toy":
-        parts = [[Item(*pair) for pair in toy_dataset()[part]] for part in ("train", "val", "test")]
-        return Dataset(name, list(TOY_CLASSES), *parts, [])
-    root = data_root(root)
+    root = ASSETS if name == "toy" else data_root(root)
     folder = os.path.join(root, row.folder)
     if not os.path.isdir(root):
         raise FileNotFoundError(f"data root {root} is missing; give --root or set DATA to the folder of {row.folder}/")
@@ -147,7 +147,7 @@ def load_dataset(name, root=None, seed=1):
     if len(class_names) != row.classes:
         notes.append(f"{len(class_names)} classes found, the full dataset has {row.classes}: "
                      "figures on it do not compare with published ones")
-    return Dataset(name, class_names, train, val, test, [f"{name}: {note}" for note in notes])
+    return Dataset(name, folder, class_names, train, val, test, [f"{name}: {note}" for note in notes])
 
 
 def data_root(root=None):
@@ -195,7 +195,7 @@ def own_split(row, images, seed):
     class_folders = [name for name in subfolders(images) if name not in row.leave_out]
     train, val, test = [], [], []
     for label, class_folder in enumerate(class_folders):
-        items = [Item(path, label) for path in image_files(os.path.join(images, class_folder), row)]
+        items = [Item(path, label) for path in image_files(os.path.join(images, class_folder))]
         if len(items) < 4:
             raise ValueError(f"{os.path.join(images, class_folder)}: {len(items)} images are too few to split into "
                              f"train, val and test; unpack it again from {row.source}")
@@ -250,6 +250,15 @@ def read_variant(row, folder, seed):
     return [names[name] for name in class_folders], [], [], read_class_folders(row, images, class_folders, names), []
 
 
+def pictures_in(path):
+    """The image files that a path names: itself, or those in a folder, sorted. FileNotFoundError for none."""
+    if os.path.isdir(path):
+        return image_files(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} does not exist")
+    return [path]
+
+
 READERS = {"json": read_json_split, "aircraft": read_aircraft, "imagenet": read_imagenet,
            "wnids": read_variant, "some wnids": read_variant, "numbered": read_variant}
 
@@ -285,7 +294,7 @@ def read_class_folders(row, images, class_folders, names):
     if unknown:
         raise ValueError(f"{images}: class folder {unknown[0]} is not in {row.split}; get {row.split} again as {GUIDE} says")
     return [Item(path, label) for label, name in enumerate(class_folders)
-            for path in image_files(os.path.join(images, name), row)]
+            for path in image_files(os.path.join(images, name))]
 
 
 # --------------------------------------------------------------------------- files and folders
@@ -304,12 +313,12 @@ def subfolders(folder):
         return sorted(e.name for e in entries if not e.name.startswith((".", "__")) and e.is_dir())
 
 
-def image_files(folder, row):
+def image_files(folder):
     """Sorted paths of the images in a class folder: other and hidden files (.DS_Store, ._x.jpg) left out."""
     extensions = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
     files = [f for f in sorted(os.listdir(folder)) if f.lower().endswith(extensions) and not f.startswith(".")]
     if not files:
-        raise FileNotFoundError(f"class folder {folder} holds no images; unpack it again from {row.source}")
+        raise FileNotFoundError(f"folder {folder} holds no images; unpack it again")
     return [os.path.join(folder, f) for f in files]
 
 
@@ -385,7 +394,7 @@ def take(items, labels):
 
 # -------------------------------------------------------------------------------------- descriptions
 
-def load_descriptions(path, class_names, max_descriptions=10, aliases=None):
+def load_descriptions(path, class_names, max_descriptions=10, aliases=None, notes=None):
     """Sentences that answer "What does a {Class} look like?", from a JSON object: class name -> list of sentences.
 
     Names match in lower case, with `_`, `-` and spaces alike; keys of no class are ignored; the first
@@ -422,7 +431,7 @@ def load_descriptions(path, class_names, max_descriptions=10, aliases=None):
     return descriptions
 
 
-SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "descriptions")
+SHIPPED = os.path.join(ASSETS, "descriptions")
 
 
 def default_descriptions(name):
@@ -446,21 +455,76 @@ def closest(name, keys):
     return f" (closest: {', '.join(near)})" if near else ""
 
 
-# -------------------------------------------------------------------------------------------- images
+# ---------------------------------------------------------------------------- few-shot tasks
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+class Task(NamedTuple):
+    """What a run learns on and is tested on. Labels count from 0 on each side."""
+    base_names: list               # the classes that are learnt on
+    novel_names: list              # [] where all classes are learnt on
+    train: list                    # of Item: the few-shot images of the base classes
+    test_base: list                # of Item
+    test_novel: list               # of Item
+    notes: list                    # of str: what a reader of the figures must know
+    comparable: bool               # may its figures stand beside published ones?
+
+
+def few_shot_task(dataset, classes="base", shots=16, seed=1):
+    """CoOp's picks of this seed, cut into base and novel classes. classes: "base", or "all" for no novel ones."""
+    everything = list(range(len(dataset.class_names)))
+    base, novel = split_base_novel(dataset.class_names) if classes == "base" else (everything, [])
+    picked, _ = few_shot(dataset.train, dataset.val, shots, seed)
+    train = take(picked, base)
+    notes = list(dataset.notes)
+    counts = collections.Counter(item.label for item in train)
+    scarce = [label for label in range(len(base)) if counts[label] < shots]
+    if train and scarce:
+        notes.append(f"{len(scarce)} of {len(base)} classes have fewer than {shots} training images")
+    return Task([dataset.class_names[label] for label in base], [dataset.class_names[label] for label in novel],
+                train, take(dataset.test, base), take(dataset.test, novel), notes, not dataset.notes)
+
+
+def digests(dataset, task):
+    """What a result depends on, in short: a digest each of class names, training and test images.
+
+    An image counts by its path below the dataset's folder and its label. For `Kept` facts in results.
+    """
+    def images(items):
+        rows = [(pathlib.Path(os.path.relpath(item.source, dataset.folder)).as_posix(), item.label)
+                for item in items]
+        return digest(rows)
+    return {"class names": digest([task.base_names, task.novel_names]), "training images": images(task.train),
+            "test images": digest([images(task.test_base), images(task.test_novel)])}
+
+
+def digest(value):
+    """16 hexadecimal digits that stand for a value of lists, strings and numbers."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------- images
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def train_transform(resolution):
-    """PIL RGB -> (3, resolution, resolution), normalised: random resized crop and horizontal flip."""
-    return T.Compose([T.RandomResizedCrop(resolution, scale=(0.08, 1.0), interpolation=InterpolationMode.BICUBIC),
-                      T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
+    """PIL RGB -> crop (3, R, R), uint8: random resized crop and horizontal flip (S2.2)."""
+    return T.Compose([T.RandomResizedCrop(resolution, scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
+                      T.RandomHorizontalFlip(), T.PILToTensor()])
 
 
 def test_transform(resolution):
-    """PIL RGB -> (3, resolution, resolution), normalised: shorter edge to `resolution`, centre crop."""
-    return T.Compose([T.Resize(resolution, interpolation=InterpolationMode.BICUBIC),
-                      T.CenterCrop(resolution), T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
+    """PIL RGB -> crop (3, R, R), uint8: shorter edge to R, centre crop."""
+    return T.Compose([T.Resize(resolution, interpolation=T.InterpolationMode.BICUBIC),
+                      T.CenterCrop(resolution), T.PILToTensor()])
+
+
+def normalize(crops):
+    """Crops (..., 3, R, R) uint8 -> what CLIP reads: float32, by the mean and std of its training images.
+
+    Crops stay uint8 until here: a quarter of the memory, and of the way to the GPU.
+    """
+    return T.functional.normalize(crops.float() / 255, CLIP_MEAN, CLIP_STD)
 
 
 class BadImage(ValueError):
@@ -470,213 +534,165 @@ class BadImage(ValueError):
         super().__init__(message.strip().splitlines()[-1].split("BadImage: ")[-1])
 
 
-def load_image(source):
-    """The image of an Item as PIL RGB, whatever its mode on disk (grayscale, CMYK, palette, alpha).
+def load_image(path):
+    """An image file as PIL RGB, whatever its mode on disk (grayscale of 8 or 16 bits, CMYK, palette, alpha).
 
     Raises BadImage, a ValueError, for a missing, corrupt or truncated file: never skipped, since that would
     change the few-shot set.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        return draw_toy(source)
     try:
-        with Image.open(source) as image:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):                          # 16 bits: PIL would clip them to white
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:   # SyntaxError: broken PNG
         reason = " ".join(str(error).split())
-        raise BadImage(f"image {source} cannot be read ({reason}); unpack it again, it is not skipped") from None
-
-
-def decode_all(items, limit_bytes, workers=1):
-    """Decode the images of `items` once: dict source -> PIL RGB, at most `limit_bytes` in memory, the first ones.
-
-    workers: threads (JPEG decoding leaves Python's lock). For `Images(decoded=...)`, which reads the rest from disk.
-    """
-    sources = list(dict.fromkeys(item.source for item in items))
-    decoded, used, block = {}, 0, 8 * max(1, workers)          # in blocks, so that little is decoded for nothing
-    with ThreadPoolExecutor(max(1, workers)) as pool, \
-            tqdm(total=len(sources), desc="decoding", disable=None, leave=False) as bar:
-        for start in range(0, len(sources), block):
-            if used >= limit_bytes:
-                break
-            part = sources[start:start + block]
-            for source, image in zip(part, pool.map(load_image, part)):
-                used += 4 * image.width * image.height         # PIL keeps RGB in 4 bytes a pixel
-                if used > limit_bytes:
-                    break
-                decoded[source] = image
-            bar.update(len(part))
-    return decoded
+        raise BadImage(f"image {path} cannot be read ({reason}); unpack it again, it is not skipped") from None
 
 
 class Images(torch.utils.data.Dataset):
-    """images[i] -> (tensor (3, H, W), label): item i, transformed.
+    """images[epoch, i] -> (crop (3, R, R) uint8, label) of item i.
 
-    seed: an int or a tuple of ints (run, epoch). Image i's augmentation then depends on (seed, i) alone, not
-    on workers or order, and leaves the global generator as it was. None: the global generator draws.
-    decoded: images in memory, from `decode_all`; others are read from disk.
+    seed: an int; the augmentation then depends on (seed, epoch, i) alone, not on workers or order, and the
+    global generator stays as it was. None: for a transform without chance.
     """
 
-    def __init__(self, items, transform, seed=None, decoded=None):
-        self.items, self.transform, self.seed, self.decoded = items, transform, seed, decoded or {}
+    def __init__(self, items, transform, seed=None):
+        self.items = items
+        self.transform = transform
+        self.seed = seed
 
     def __len__(self):
         return len(self.items)
 
-    def __getitem__(self, i):
-        source, label = self.items[i]
-        image = self.decoded[source] if source in self.decoded else load_image(source)
+    def __getitem__(self, epoch_and_i):
+        epoch, i = epoch_and_i
+        path, label = self.items[i]
+        image = load_image(path)
         if self.seed is None:
             return self.transform(image), label
-        seed = self.seed if isinstance(self.seed, tuple) else (self.seed,)
-        mixed = int(np.random.SeedSequence((*seed, int(i))).generate_state(1)[0])
-        with torch.random.fork_rng(devices=[]):                # torchvision's transforms draw from the global one
-            torch.default_generator.manual_seed(mixed)         # torch.manual_seed would reseed CUDA as well
+        mixed = int(np.random.SeedSequence((self.seed, epoch, i)).generate_state(1)[0])
+        with torch.random.fork_rng(devices=[]):             # torchvision's transforms draw from the global one
+            torch.default_generator.manual_seed(mixed)      # torch.manual_seed would reseed CUDA as well
             return self.transform(image), label
 
 
-def batches(images, order, batch_size, workers=0):
-    """DataLoader over `images` in `order` (indices): batches (B, 3, H, W), labels (B,); the last may be smaller."""
-    return DataLoader(images, batch_size=batch_size, sampler=[int(i) for i in order], num_workers=workers,
-                      pin_memory=torch.cuda.is_available(),
-                      generator=None if images.seed is None else torch.Generator())   # leaves the global one alone
+class EpochBatches:
+    """The batches of a run, in item order: lists of (epoch, i). No batch spans two epochs."""
+
+    def __init__(self, n, epochs, batch_size):
+        self.n = n
+        self.epochs = epochs
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        for epoch in self.epochs:
+            for start in range(0, self.n, self.batch_size):
+                yield [(epoch, i) for i in range(start, min(start + self.batch_size, self.n))]
 
 
-# -------------------------------------------------------------------------------------- the toy world
-# Drawn by code from a seed, so that everything here runs without a download. Its figures check the machinery and
-# are no evidence for the paper's claims. tests/make_toy_clip.py trains the CLIP that goes with it.
-
-# A class is a colour, a surface and a shape. Base and novel classes share no word, so nothing that is learnt about the
-# name of a base class can help with a novel one, except through the context that all prompts share.
-TOY_COLOURS = {
-    "crimson": (200, 25, 45), "amber": (245, 170, 25), "emerald": (10, 150, 85), "azure": (50, 140, 245),
-    "violet": (140, 65, 205), "ivory": (240, 232, 205),
-    "pink": (245, 130, 175), "lemon": (240, 230, 60), "lime": (140, 215, 50), "teal": (10, 130, 135),
-    "navy": (30, 40, 120), "brown": (120, 72, 35)}
-TOY_SURFACES = ["striped", "dotted", "checkered", "plain", "ribbed", "netted", "speckled", "wavy"]
-TOY_SHAPES = ["circle", "square", "hexagon", "star", "cross", "crescent",
-              "triangle", "diamond", "heart", "ring", "octagon", "oval"]
-_COLOUR_NAMES = list(TOY_COLOURS)
+ENCODE_BATCH = 256                  # images that go through the frozen image tower at a time
 
 
-def _toy_classes():
-    """24 base classes: every base surface on every base shape, so that surface and shape alone tell them apart. 24 novel
-    classes: six surface-shape pairs in four colours each, look-alikes that only the colour tells apart."""
-    base = [f"{_COLOUR_NAMES[(i + 2 * j) % 6]} {TOY_SURFACES[j]} {TOY_SHAPES[i]}" for i in range(6) for j in range(4)]
-    novel = [f"{_COLOUR_NAMES[6 + (i + j + j // 2) % 6]} {TOY_SURFACES[4 + i % 4]} {TOY_SHAPES[6 + i]}"
-             for i in range(6) for j in range(4)]
-    return base + novel
+def loader(images, epochs=(0,), batch_size=ENCODE_BATCH, workers=0):
+    """Batches of crops (B, 3, R, R) uint8 and labels (B,), in item order, an epoch after the other.
 
-
-TOY_CLASSES = _toy_classes()
-_BASE_CLASSES = frozenset(TOY_CLASSES[:(len(TOY_CLASSES) + 1) // 2])
-
-
-class ToyImage(NamedTuple):
-    """What identifies one image of the toy dataset; `draw_toy` draws it, always the same."""
-    class_name: str
-    split: str
-    index: int
-
-
-def _outline(shape):
-    """Corners of a shape as (x, y) in the unit circle, y upwards, one polygon (a ring walks its inner edge backwards)."""
-    def polygon(n, radii=(1.0,), turn=0.0, width=1.0):
-        return [(width * radii[k % len(radii)] * math.sin(2 * math.pi * k / n + turn),
-                 radii[k % len(radii)] * math.cos(2 * math.pi * k / n + turn)) for k in range(n)]
-    if shape == "cross":
-        a, b = 0.32, 0.95
-        return [(a, b), (a, a), (b, a), (b, -a), (a, -a), (a, -b), (-a, -b), (-a, -a), (-b, -a), (-b, a), (-a, a), (-a, b)]
-    if shape == "crescent":  # the outer arc, and back along an arc whose centre lies higher
-        arc = [math.pi * (-0.2 + 1.4 * k / 24) for k in range(25)]
-        outer = [(math.cos(t), -math.sin(t)) for t in arc]
-        x, y = outer[-1]
-        inner = [(x * math.cos(math.pi * k / 20), y - 0.95 * math.sin(math.pi * k / 20)) for k in range(1, 20)]
-        return outer + inner
-    if shape == "heart":
-        t = [2 * math.pi * k / 30 for k in range(30)]
-        return [(math.sin(v) ** 3, (13 * math.cos(v) - 5 * math.cos(2 * v) - 2 * math.cos(3 * v) - math.cos(4 * v)) / 16)
-                for v in t]
-    if shape == "ring":
-        edge = polygon(28) + [(0.0, 1.0)]
-        return edge + [(0.5 * x, 0.5 * y) for x, y in reversed(edge)]
-    return {"circle": polygon(28), "square": polygon(4, turn=math.pi / 4, radii=(1.15,)), "hexagon": polygon(6),
-            "star": polygon(10, radii=(1.05, 0.45)), "triangle": polygon(3, radii=(1.1,)),
-            "diamond": polygon(4, width=0.7, radii=(1.1,)), "octagon": polygon(8, turn=math.pi / 8),
-            "oval": polygon(28, width=0.62)}[shape]
-
-
-_OUTLINES = {shape: np.array(_outline(shape)) for shape in TOY_SHAPES}
-_SIZE = 48
-_Y, _X = np.mgrid[0:_SIZE, 0:_SIZE].astype(np.float32)
-
-
-def _pattern(surface, rng):
-    """(48, 48) of 0 and 1: where a surface shows the second tone."""
-    angle, (dx, dy) = rng.uniform(-0.15, 0.15), rng.uniform(0, 12, 2)
-    x = math.cos(angle) * _X - math.sin(angle) * _Y + dx + 48
-    y = math.sin(angle) * _X + math.cos(angle) * _Y + dy + 48
-    if surface == "striped":
-        return y % 9 < 4
-    if surface == "ribbed":
-        return x % 6 < 2.5
-    if surface == "dotted":
-        return (x % 10 - 5) ** 2 + (y % 10 - 5) ** 2 < 9
-    if surface == "checkered":
-        return (x % 14 < 7) ^ (y % 14 < 7)
-    if surface == "netted":
-        return (x % 8 < 2) | (y % 8 < 2)
-    if surface == "speckled":
-        return np.kron(rng.random((24, 24)) < 0.25, np.ones((2, 2), bool))
-    if surface == "wavy":
-        return (y + 3 * np.sin(x / 3.5)) % 9 < 4
-    return np.zeros_like(x, bool)
-
-
-def paint_toy(colour, surface, shape, rng, shift=0.0, lamp=0.0):
-    """One picture of a thing: a PIL RGB image of 48 x 48 pixels.
-
-    `shift` in [0, 1] is the distance from clean pictures (cluttered ground, uneven light, noise), `lamp` in [0, 1] how much
-    of the light comes from a lamp of a random colour. `rng`: a numpy Generator, the only source of chance.
+    One DataLoader, and so one set of worker processes, for the whole run: it reads on into the next epoch
+    while the steps of this one run.
     """
-    turn, radius = rng.normal(0, 0.12 + 0.15 * shift), rng.uniform(18, 23)
-    centre = _SIZE / 2 + rng.uniform(-2.5, 2.5, 2)
-    c, s = radius * math.cos(turn), radius * math.sin(turn)
-    corners = _OUTLINES[shape] @ np.array([[c, s], [s, -c]]) + centre
-    mask = Image.new("L", (_SIZE, _SIZE))
-    ImageDraw.Draw(mask).polygon([tuple(p) for p in corners.tolist()], fill=255)
-    mask = (np.asarray(mask) > 0)[..., None]
-    first = np.array(TOY_COLOURS[colour], np.float32) + rng.normal(0, 6, 3)
-    second = 0.4 * first + 0.6 * (20 if first.mean() > 100 else 225)
-    thing = np.where(_pattern(surface, rng)[..., None], second, first)
-    ground = np.full((_SIZE, _SIZE, 3), rng.uniform(90, 200), np.float32) + rng.normal(0, 8, 3)
-    if shift:
-        blocks = rng.normal(0, 45 * shift, (6, 6, 3)) + rng.normal(0, 40 * shift, 3)
-        ground = ground + np.kron(blocks, np.ones((8, 8, 1)))
-    picture = np.where(mask, thing, ground)
-    if shift:
-        slope = rng.normal(0, 0.012 * shift, 2)
-        picture = picture * (rng.uniform(1 - 0.35 * shift, 1) + slope[0] * (_X - 24) + slope[1] * (_Y - 24))[..., None]
-        picture = picture + rng.normal(0, 14 * shift, picture.shape)
-    if lamp:
-        light = 0.5 + 0.8 * np.cos(rng.uniform(0, 2 * math.pi) + np.array([0, 2, 4]) * math.pi / 3)
-        picture = (1 - lamp) * picture + lamp * picture.mean(-1, keepdims=True) * light
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    return torch.utils.data.DataLoader(
+        images, batch_sampler=EpochBatches(len(images), epochs, batch_size), num_workers=workers,
+        pin_memory=torch.cuda.is_available(), generator=torch.Generator())      # leaves the global one alone
 
 
-def draw_toy(toy_image):
-    """The PIL RGB image, 48 x 48, that a `ToyImage` names. The same in every process: its only seed is the name."""
-    rng = np.random.default_rng(zlib.crc32("/".join(map(str, toy_image)).encode()))
-    # Base things stand under coloured lamps, novel things hardly do. Whoever learns from base images alone learns that
-    # colour cannot be trusted, and colour is what tells novel look-alikes apart: this is what adapting costs here.
-    lamp = rng.uniform(0.3, 0.8) if toy_image.class_name in _BASE_CLASSES else rng.uniform(0.0, 0.2)
-    return paint_toy(*toy_image.class_name.split(), rng, shift=0.7, lamp=lamp)
+class EpochFeatures:
+    """f_I(x) of each epoch's crops, by the frozen image tower, which is the same for every method.
+
+    features[epoch] -> (f (n, d) float32 on CLIP's device, or None; crops (n, 3, R, R) uint8, or None), both
+    in item order. Epochs are asked for in the order of `epochs`.
+
+    encode: a function normalised images (B, 3, R, R) -> (B, d), or None where nobody needs f.
+    keep_crops: whether the crops are needed (MaPLe). kept: a `KeptFeatures`, or None; what stands there is
+    read, and no image is opened for it.
+    """
+
+    def __init__(self, images, epochs, encode, device, keep_crops=False, kept=None, workers=0):
+        self.images = images
+        self.encode = encode
+        self.device = device
+        self.keep_crops = keep_crops
+        self.kept = kept if encode is not None else None
+        self.workers = workers
+        self.to_load = [epoch for epoch in epochs
+                        if keep_crops or self.kept is None or not self.kept.has(epoch)]
+        self.batches = iter(loader(images, list(self.to_load), workers=workers))
+
+    def __getitem__(self, epoch):
+        f = self.kept.read(epoch) if self.kept is not None else None
+        if f is not None:
+            f = f.to(self.device)
+        if f is not None and epoch not in self.to_load:
+            return f, None
+        parts, crops, n = [], [], 0
+        for crop, _ in self._batches_of(epoch):
+            if self.keep_crops:
+                crops.append(crop)
+            if self.encode is not None and f is None:
+                x = normalize(crop.to(self.device, non_blocking=True))
+                with torch.no_grad():
+                    parts.append(self.encode(x))
+        if parts:
+            f = torch.cat(parts)
+            if self.kept is not None:
+                self.kept.write(epoch, f)
+            f = f.float()
+        return f, torch.cat(crops) if crops else None
+
+    def _batches_of(self, epoch):
+        if self.to_load and self.to_load[0] == epoch:
+            self.to_load.pop(0)
+            return itertools.islice(self.batches, math.ceil(len(self.images) / ENCODE_BATCH))
+        return loader(self.images, [epoch], workers=self.workers)        # its kept file turned out damaged
 
 
-def toy_dataset(n_train=24, n_val=8, n_test=20):
-    """The toy dataset: {"train": ..., "val": ..., "test": ...}, each a list of (ToyImage, label); labels follow TOY_CLASSES."""
-    sizes = {"train": n_train, "val": n_val, "test": n_test}
-    return {split: [(ToyImage(name, split, index), label) for label, name in enumerate(TOY_CLASSES) for index in range(n)]
-            for split, n in sizes.items()}
+class KeptFeatures:
+    """Image features in a folder, for whoever comes next with the same CLIP, images, seed (--feature-cache).
+
+    A file an epoch, about 1 kB an image in float16 and 2 kB in float32. Its name is a digest of all that the
+    features depend on: of `what` (CLIP, precision), the transform, the seed, the epoch, and path, size and time of
+    every image. A file that is damaged or of something else is not believed.
+    """
+
+    def __init__(self, folder, what, images):
+        self.folder = pathlib.Path(folder)
+        stats = [os.stat(item.source) for item in images.items]
+        rows = [[str(item.source), stat.st_size, stat.st_mtime_ns] for item, stat in zip(images.items, stats)]
+        self.what = digest([what, repr(images.transform), images.seed, rows])
+        self.n = len(rows)
+
+    def path(self, epoch):
+        return self.folder / f"{digest([self.what, epoch])}.npz"
+
+    def has(self, epoch):
+        return self.path(epoch).is_file()
+
+    def read(self, epoch):
+        """(n, d) float32, or None where there is no sound file."""
+        try:
+            with np.load(self.path(epoch), allow_pickle=False) as file:     # a zip: it checks its checksums
+                features, what = file["features"], str(file["what"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            return None
+        if what != self.what or features.ndim != 2 or len(features) != self.n:
+            return None
+        return torch.from_numpy(features).float()
+
+    def write(self, epoch, features):
+        features = features.cpu()
+        if features.dtype == torch.bfloat16:                                # numpy has none
+            features = features.float()
+        with written_aside(self.path(epoch)) as aside, open(aside, "wb") as file:
+            np.savez(file, features=features.numpy(), what=self.what)
 
 
 # -------------------------------------------------------------------------------------- command line
@@ -687,7 +703,7 @@ def inventory(root):
         raise FileNotFoundError(f"data root {root} is missing; give --root or set DATA to the folder of the datasets")
     for name in DATASETS:
         try:
-            _, class_names, train, _, test, notes = load_dataset(name, root)
+            _, _, class_names, train, _, test, notes = load_dataset(name, root)
         except (ValueError, OSError) as error:
             print(f"{name:16}-      {' '.join(str(error).split())}", flush=True)
             continue

@@ -1,538 +1,467 @@
-"""Evaluation: the inference rule, accuracy and harmonic mean, the folders that runs live in, and tables of them.
+"""Evaluation: the inference rule, accuracy and harmonic mean, other datasets, pictures, and tables.
 
     python eval.py output/                                     all runs found there, without training
     python eval.py --summary final output/                     a row per run, with standard deviations
-    python eval.py RUN --dataset caltech101 dtd --root $DATA   a learnt prompt on other datasets (Tabs. 2 and 4)
-    python eval.py --table 1 output/                           the runs as a table of the paper, beside its figures
+    python eval.py --table 1 output/                           the runs as a table of the paper
     python eval.py --figure 4 output/                          the learnt position matrices
+    python eval.py RUN --dataset caltech101 dtd --root $DATA   a learnt prompt on other datasets
+    python eval.py RUN --images PICTURE ...                    a learnt prompt on pictures of your own
+    python eval.py RUN --save-text-features FILE.npz           its text features, for other code
 
-Sec. 3.2.2, Inference: the normal prompt answers for known base classes, the ensemble of normal and anchor prompt
-for unknown novel ones. Table S1's four rows are: anchor, normal, ensemble, and final (what the rule picks).
-(`eval` is also a builtin: import this module as `import eval as evaluation`.)
+Sec. 3.2.2, Inference: the normal prompt answers for known base classes, the ensemble of normal and anchor
+prompt for unknown novel ones. Table S1's four rows are: anchor, normal, ensemble, and final (what the rule
+picks). (`eval` is also a builtin: import this module as `import eval as evaluation`.)
 """
 
 import argparse
-import contextlib
 import csv
-import hashlib
+import functools
 import json
-import math
 import os
 import pathlib
 import shlex
-import shutil
 import statistics
 import sys
-import urllib.parse
 from typing import NamedTuple
 
 import torch
 
 import data
 import losses
-from anchor import AnchorPrompt, read_as_data
-from data import written_aside
+import stage1
+from anchor import anchor_features, read_as_data
 from position import plot_position_matrix
-from prompts import TEMPLATES, build_learner, clip_identity, encode_image, load_clip, sha256
+from prompts import TEMPLATES, build_learner, clip_identity, encode_image, sha256
+from stage1 import ELEVEN, VARIANTS, default_settings
 
 READINGS = ("anchor", "normal", "ensemble", "final")
 
 
-# --------------------------------------------------------------------------------- accuracy and harmonic mean
+# ---------------------------------------------------------------------------- the inference rule
 
-def accuracy(logits, labels):
-    """Top-1 accuracy in percent. logits (n, C), labels (n,). Raises ValueError for no images."""
+def accuracy(predictions, labels):
+    """Top-1 accuracy in percent. predictions (n,): class indices; labels (n,). ValueError for no images."""
     if len(labels) == 0:
         raise ValueError("accuracy of no images")
-    return 100.0 * int((logits.argmax(-1) == labels).sum()) / len(labels)
+    return 100.0 * int((predictions == labels).sum()) / len(labels)
 
 
 def harmonic_mean(base, novel):
     """HM = 2 base novel / (base + novel), percent in and out; 0 where both are 0."""
-    return 2 * base * novel / (base + novel) if base + novel else 0.0
+    if base + novel == 0:
+        return 0.0
+    return 2 * base * novel / (base + novel)
+
+
+def infer(learner, f, x=None, f_anc=None, known=True):
+    """The four readings of Table S1 for one batch: dict reading -> logits (B, C).
+
+    learner: in eval mode, bound to the C classes. f (B, d): the frozen CLIP's image features, not
+    normalised. x (B, 3, R, R): the images, where `learner.needs_images`. f_anc (C, d): unit features of
+    the anchor prompts, or None where there is no anchor (then only normal and final come back).
+    known: classes that were learnt on (final = normal) or not (final = ensemble).
+    """
+    readings = {"normal": learner(f, x)}
+    readings["final"] = readings["normal"]
+    if f_anc is not None:
+        readings["anchor"] = learner.logits(f, f_anc)
+        readings["ensemble"] = losses.ensemble_logits(readings["normal"], readings["anchor"])
+        if not known:
+            readings["final"] = readings["ensemble"]
+    return {reading: readings[reading] for reading in READINGS if reading in readings}
 
 
 @torch.no_grad()
-def image_features(clip_model, batches):
-    """f_I of a DataLoader's images by the frozen CLIP, once: features (n, d) float32, labels (n,), on its device."""
-    device, features, labels = clip_model.logit_scale.device, [], []
-    for images, label in batches:
-        features.append(encode_image(clip_model, images.to(device, non_blocking=True)).float())
-        labels.append(label)
-    return torch.cat(features), torch.cat(labels).to(device)
+def evaluate(learner, batches, f_anc=None, known=True):
+    """Accuracy of the four readings: dict reading -> percent.
 
-
-@torch.no_grad()
-def evaluate(learner, features, labels, anchor_features=None, known=True, images=None, test_batch=100):
-    """The four readings of Table S1 on one set of classes: dict reading -> accuracy in percent.
-
-    learner: bound to the C classes; features (n, d): the frozen CLIP's, not normalised; labels (n,);
-    anchor_features (C, d): unit features of the anchor prompts, or None where there is no anchor (then only
-    normal and final come back). known: base classes (final = normal) or novel ones (final = ensemble).
-    images: a DataLoader of the same images in the same order, for baselines that prompt the image tower.
-    test_batch: images at a time where prompts depend on the image or W is sampled anew for each batch.
+    batches: of f (B, d), x (B, 3, R, R) or None, y (B,); see `infer` for these and the rest.
     Raises ValueError for no images.
     """
-    if len(labels) == 0:
-        raise ValueError("accuracy of no images")
     training = learner.training
     learner.eval()
-    matrix = getattr(learner.template, "position_matrix", None) if hasattr(learner, "template") else None
-    at_once = not learner.per_image and (matrix is None or matrix.test_position == "argmax")
-    size = len(labels) if at_once else test_batch
-    pixels = iter(images) if images is not None else None
-    picks = {reading: [] for reading in READINGS}
-    for start in range(0, len(labels), size):
-        u = features[start:start + size]
-        x = next(pixels)[0].to(u.device, non_blocking=True) if pixels else None
-        normal = learner(u, x)
-        picks["normal"].append(normal.argmax(-1))
-        if anchor_features is not None:
-            anchor = learner.logits(u, anchor_features)
-            picks["anchor"].append(anchor.argmax(-1))
-            picks["ensemble"].append(losses.ensemble_logits(normal, anchor).argmax(-1))
+    predictions, labels = {}, []
+    for f, x, y in batches:
+        for reading, logits in infer(learner, f, x, f_anc, known).items():
+            predictions.setdefault(reading, []).append(logits.argmax(-1))
+        labels.append(y)
     learner.train(training)
-    result = {reading: 100.0 * int((torch.cat(parts) == labels).sum()) / len(labels)
-              for reading, parts in picks.items() if parts}
-    result["final"] = result["normal" if known or anchor_features is None else "ensemble"]
-    return result
+    labels = torch.cat(labels) if labels else torch.zeros(0)
+    if len(labels) == 0:
+        raise ValueError("accuracy of no images")
+    return {reading: accuracy(torch.cat(parts), labels) for reading, parts in predictions.items()}
 
 
-def evaluate_items(learner, settings, items, anchor_tokens=None, known=True, test_sets=None, workers=0, test_batch=None,
-                   cache=None):
-    """`evaluate` from a list of `data.Item`s: prepares the frozen features, once for all runs that share `test_sets`.
+def evaluate_items(learner, settings, items, known, args):
+    """`evaluate` on image files. items: of `data.Item`, labels as the learner's classes."""
+    f_anc = None
+    if settings["template"] == "anchoropt":
+        f_anc = anchor_features(learner.clip_model, learner.class_names, learner.template.anchor_tokens,
+                                settings["preposition"], args.class_chunk)
+    return evaluate(learner, test_batches(learner, settings, items, f_anc, args), f_anc, known)
 
-    anchor_tokens (N, d_t): of the run, or None. test_sets: a dict that keeps features between calls, or None.
-    test_batch: None for the field's 100 (MaPLe 200). cache: a folder that keeps features between runs, or None.
-    """
-    clip_model, test_sets = learner.clip_model, {} if test_sets is None else test_sets
-    maple = settings["baseline"] == "maple"
-    test_batch = test_batch or (200 if maple else 100)
+
+def test_batches(learner, settings, items, f_anc, args):
+    """The test images in batches of f, x, y. Frozen features are computed once for all runs of a process."""
+    clip_model, device = learner.clip_model, learner.clip_model.logit_scale.device
+    W = learner.template.position_matrix
+    sampled = W is not None and W.test_position == "sample"
+    batch_size = len(items)                                 # one batch, where nothing depends on it
+    if learner.needs_images or learner.prompts_per_image or sampled:
+        batch_size = args.test_batch or (200 if learner.needs_images else 100)
+    labels = torch.tensor([item.label for item in items], device=device)
+    f = None
+    if not learner.needs_images or f_anc is not None:
+        own = tuple((name, settings[name]) for name in stage1.CLIP_SETTINGS)
+        f = frozen_features(clip_model, own, tuple(items), args.feature_cache, args.workers)
+    crops = None
+    if learner.needs_images:
+        images = data.Images(items, data.test_transform(clip_model.visual.input_resolution))
+        crops = iter(data.loader(images, batch_size=batch_size, workers=args.workers))
+    for start in range(0, len(items), batch_size):
+        part = slice(start, start + batch_size)
+        x = None
+        if crops is not None:
+            x = data.normalize(next(crops)[0].to(device, non_blocking=True))
+        yield f[part] if f is not None else None, x, labels[part]
+
+
+@functools.lru_cache(maxsize=32)
+def frozen_features(clip_model, clip_settings, items, cache, workers):
+    """f_I of test images by the frozen CLIP: (n, d) float32."""
     images = data.Images(items, data.test_transform(clip_model.visual.input_resolution))
-    key, device = tuple(items), clip_model.logit_scale.device
-    if maple and anchor_tokens is None:                      # nobody reads the frozen features
-        features = torch.zeros(len(items), 0, device=device)
-        labels = torch.tensor([item.label for item in items], device=device)
-    else:
-        if key not in test_sets:
-            test_sets[key] = frozen_features(clip_model, settings["clip"], images, workers, cache)
-        features, labels = test_sets[key]
-    anchors = None
-    if anchor_tokens is not None:
-        anchors = anchor_features(clip_model, learner.class_names, anchor_tokens, settings)
-    pixels = data.batches(images, range(len(items)), test_batch, workers) if maple else None
-    return evaluate(learner, features, labels, anchors, known, pixels, test_batch)
+    kept = stage1.kept_features(clip_model, dict(clip_settings), images, cache)
+    encode = functools.partial(encode_image, clip_model)
+    device = clip_model.logit_scale.device
+    f, _ = data.EpochFeatures(images, [0], encode, device, kept=kept, workers=workers)[0]
+    return f
 
 
-def frozen_features(clip_model, identity, images, workers=0, cache=None):
-    """`image_features` of a `data.Images` in test mode; read from the folder `cache` where they stand there.
+# ---------------------------------------------------------------------------- learnt prompts
 
-    A file's name is a digest of the CLIP (`prompts.clip_identity`), its precision, the transform, and path, size, time
-    and label of every image, so a stale or damaged file is never used. The toy world is drawn, and not kept.
-    """
-    batches, path = data.batches(images, range(len(images)), 256, workers), None
-    if cache and all(isinstance(item.source, str) for item in images.items):
-        stats = [os.stat(item.source) for item in images.items]
-        stamps = [(*item, stat.st_size, stat.st_mtime_ns) for item, stat in zip(images.items, stats)]
-        digest = hashlib.sha256(repr((identity, clip_model.dtype, images.transform, stamps)).encode()).hexdigest()
-        path = pathlib.Path(cache) / f"{digest[:32]}.pt"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            kept = read_as_data(path, clip_model.logit_scale.device)
-            if kept["digest"] == digest:
-                return kept["features"], kept["labels"]
-    features, labels = image_features(clip_model, batches)
-    if path:
-        with written_aside(path) as aside:
-            torch.save({"digest": digest, "features": features, "labels": labels}, aside)
-    return features, labels
-
-
-# ------------------------------------------------------------------------------------------- settings and folders
-
-SETTINGS_FILE = pathlib.Path(__file__).resolve().parent / "assets" / "settings.csv"
-ANCHOR_SETTINGS = ("clip", "dtype", "classes", "shots", "anchor_length", "preposition", "anchor_epochs", "anchor_lr",
-                   "anchor_weight", "descriptions", "max_descriptions")
-
-
-def number(text):
-    """The settings table's text -> int, float or str."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
-def default_settings(dataset, baseline, template, one_stage=False):
-    """The settings of one dataset x baseline x template cell: assets/settings.csv, then what holds for all.
-
-    Rows of the table apply from top to bottom, `*` matches anything and an empty field leaves a setting as it is.
-    Returns a dict of the settings that matter for this cell; None where the table has no default.
-    """
-    settings = {"dataset": dataset, "baseline": baseline, "template": template, "shots": 16, "classes": "base",
-                "dtype": "default", "clip": "toy" if dataset == "toy" else "ViT-B/16"}
-    if baseline == "clip":
-        del settings["shots"]
-        return settings | {"template": "plain", "prompt": data.DATASETS[dataset].prompt, "epochs": 0}
-    settings |= dict.fromkeys(("soft_tokens", "epochs", "batch_size", "lr", "lambda_1"))
-    if template == "anchoropt":
-        settings |= dict.fromkeys(("lambda_2", "anchor_epochs", "anchor_weight"))
-    with open(SETTINGS_FILE, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if all(row[key] in ("*", settings[key]) for key in ("dataset", "baseline", "template")):
-                settings |= {key: number(value) for key, value in row.items()
-                             if value and key not in ("dataset", "baseline", "template", "source")}
-    if template == "atprompt":
-        settings["attributes"] = settings.get("attributes", "").split()
-    if template == "anchoropt":
-        settings |= {"arrangement": "adaptive", "tau": 1.0, "test_position": "argmax", "feature_at": "eot",
-                     "anchor_length": 1, "preposition": "of", "descriptions": "default", "max_descriptions": 10,
-                     "one_stage": False, "anchor": "learnt"}
-        if one_stage:
-            settings["one_stage"] = True
-            for key in ("anchor_epochs", "anchor", "lambda_2", "temperature"):           # nothing is distilled (Sec. 3.2.4)
-                del settings[key]
-    if template != "anchoropt":
-        for key in ("lambda_2", "temperature"):
-            settings.pop(key, None)
-    for key, owner in (("w_cat", "dept"), ("depth", "maple")):
-        if baseline != owner:
-            settings.pop(key, None)
-    return settings
-
-
-OPTIONS = {"shots", "classes", "clip", "dtype", "soft_tokens", "attributes", "epochs", "batch_size", "lr", "lambda_1",
-           "lambda_2", "temperature", "w_cat", "depth", "arrangement", "tau", "test_position", "feature_at", "anchor",
-           "anchor_length", "preposition", "anchor_epochs", "anchor_lr", "anchor_weight", "descriptions", "max_descriptions"}
-POSITIVE = {"shots", "soft_tokens", "batch_size", "lr", "temperature", "tau", "anchor_length", "max_descriptions", "depth"}
-
-
-def resolve(args, defaults):
-    """The settings of a run: the defaults, and every option that was given on the command line.
-
-    args: an argparse namespace in which None stands for "not given". Raises ValueError for an option that has no
-    meaning here, a value out of range, or a setting without default.
-    """
-    def option(key):
-        return "--" + key.replace("_", "-")
-    cell = defaults["baseline"] if defaults["baseline"] == "clip" else f"{defaults['baseline']}-{defaults['template']}"
-    settings = dict(defaults)
-    for key, value in vars(args).items():
-        if key not in OPTIONS or value is None:
-            continue
-        if key not in defaults:
-            raise ValueError(f"{option(key)} has no meaning for {cell}" + (" with --one-stage" * bool(defaults.get("one_stage"))))
-        if getattr(args, "anchor", None) and key in ("anchor_epochs", "anchor_lr", "anchor_weight", "descriptions", "max_descriptions"):
-            raise ValueError(f"{option(key)} has no meaning with --anchor, which brings an anchor learnt already")
-        if key in ("descriptions", "anchor") and not os.path.isfile(value):
-            raise FileNotFoundError(f"{option(key)} {value} does not exist")
-        settings[key] = clip_identity(value) if key in ("clip", "descriptions", "anchor") else value
-    for key, least in (("seeds", 0), ("class_chunk", 0), ("workers", 0), ("test_batch", 1), ("cache_images", 0)):
-        given = getattr(args, key, None)
-        if given is not None and not all(least <= value < 2 ** 31 for value in (given if isinstance(given, list) else [given])):
-            raise ValueError(f"{option(key)} must be at least {least} and below 2^31, got {given}")
-    for key, value in settings.items():
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and (value > 0 if key in POSITIVE else value >= 0)):
-            raise ValueError(f"{option(key)} must be {'positive' if key in POSITIVE else 'at least 0'}, got {value}")
-    missing = [option(key) for key, value in settings.items() if value is None or value == []]
-    if missing:
-        raise ValueError(f"assets/settings.csv has no row for {cell} on {settings['dataset']}; give {' '.join(missing)}")
-    return settings
-
-
-def folder_name(kind, settings, defaults):
-    """`coop-anchoropt,epochs=1,tau=0.5`: every setting that differs from its default, sorted by name."""
-    def text(value):                                        # two values never give one text: %-escapes, as in a URL
-        return "+".join(urllib.parse.quote(str(part), safe="") for part in (value if isinstance(value, list) else [value]))
-    changed = sorted(key for key in settings if settings[key] != defaults.get(key))
-    return ",".join([kind] + [f"{key}={text(settings[key])}" for key in changed])
-
-
-def run_folder(output, settings, seed):
-    """Where a run of stage2.py lives: output/<dataset>/<baseline>-<template>[,changed settings]/seed<k>."""
-    defaults = default_settings(settings["dataset"], settings["baseline"], settings["template"], settings.get("one_stage"))
-    defaults |= {key: False for key in ("one_stage",) if key in defaults}             # always said in the name
-    kind = settings["baseline"] if settings["baseline"] == "clip" else f"{settings['baseline']}-{settings['template']}"
-    return pathlib.Path(output) / settings["dataset"] / folder_name(kind, settings, defaults) / f"seed{seed}"
-
-
-def anchor_folder(output, settings, seed):
-    """Where the anchor of a run lives: output/<dataset>/anchor[,changed settings]/seed<k>."""
-    defaults = default_settings(settings["dataset"], "coop", "anchoropt")
-    own = {key: settings[key] for key in ANCHOR_SETTINGS}             # (two runs share it where these are equal)
-    return pathlib.Path(output) / settings["dataset"] / folder_name("anchor", own, defaults) / f"seed{seed}"
-
-
-def check_output(output):
-    """Raises OSError where runs could not be written: before anything is learnt, not after."""
-    probe = pathlib.Path(output) / f".probe.{os.getpid()}.part"
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(bytes(4096))
-        free = shutil.disk_usage(output).free
-    except OSError as error:
-        raise OSError(f"--output {output} cannot be written ({error.strerror or error}); choose another folder") from error
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
-    if free < 2 ** 20:
-        raise OSError(f"--output {output} has less than 1 MB left on its disk; make room or choose another folder")
-
-
-def resume(path, parts, device="cpu"):
-    """Puts the parts (name -> what has load_state_dict) back to the last finished epoch. Returns the log, [] for no file.
-
-    Raises ValueError for a file that is damaged or of another run; the parts are then to be thrown away.
-    """
-    if not os.path.isfile(path):
-        return []
-    try:
-        saved = read_as_data(path, device)
-        for key, part in parts.items():
-            groups = [dict(group) for group in getattr(part, "param_groups", [])]
-            part.load_state_dict(saved[key])
-            for group, own in zip(getattr(part, "param_groups", []), groups):       # numbers of the command, not of the file
-                group.update(own)
-            for p, state in getattr(part, "state", {}).items():
-                if not all(torch.is_tensor(value) and value.shape == p.shape for value in state.values()):
-                    raise ValueError("a momentum of another shape")
-        log = saved["log"]
-        if [row["epoch"] for row in log] != list(range(1, len(log) + 1)) or len(set(map(tuple, log))) > 1:
-            raise ValueError("epochs are missing")
-        return log
-    except (PermissionError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:                        # load_state_dict fails in many ways, too
-        raise ValueError(f"{path}, which keeps the finished epochs, is damaged or of another run "
-                         f"({' '.join(str(error).split())[:160]}); delete it to begin anew") from error
-
-
-class Unchanged:
-    """A part for `resume` that is not put back but compared: refuses a file that was begun with another `value`."""
-
-    def __init__(self, what, value):
-        self.what, self.value = what, value
-
-    def state_dict(self):
-        return {"value": self.value}
-
-    def load_state_dict(self, state):
-        if state["value"] != self.value:
-            raise ValueError(f"it was begun with {self.what} that have changed since")
-
-
-def save_log(path, rows):
-    """Rows (dicts with the same keys) as CSV."""
-    with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["epoch"])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-@contextlib.contextmanager
-def locked(folder, wait, what):
-    """Holds an operating-system lock on a folder, which dies with its process, however that ends.
-
-    wait: another process that holds it is waited for; else BlockingIOError says that it is at work. Raises
-    OSError where the folder cannot be written to: before anything is learnt.
-    """
-    folder = pathlib.Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror}); mend that, or choose another --output") from error
-    with file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if not wait:
-                raise BlockingIOError(f"another process is at work on {what} in {folder}; wait for it, or choose "
-                                      "another --output") from error
-            print(f"{what}: waiting for the process that is at work on it in {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):                   # Windows, and file systems without such locks
-            print(f"note: no file locks in {folder}: start only one process for a run", flush=True)
-        for litter in folder.glob(".*.part*"):           # of processes that were killed while they wrote
-            litter.unlink(missing_ok=True)
-        yield
-
-
-def load_prompt(path, device="cpu"):
-    """Reads a run's prompt.pt: dict with `state` (learnt tensors), `settings`, `class_names`, `seed`.
+def load_prompt(path):
+    """Reads a prompt.pt: dict with `state` (learnt tensors), `settings`, `class_names`, `seed`.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or something else.
     """
     try:
-        content = read_as_data(path, device)
+        content = read_as_data(path)
     except ValueError as error:
         raise ValueError(f"{path} could not be read ({error}); train it again with --overwrite") from error
     kinds = {"state": dict, "settings": dict, "class_names": list, "seed": int}
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()) \
-            or not {"dataset", "baseline", "template", "clip", "dtype", "classes"} <= set(content["settings"]):
+    sound = isinstance(content, dict) and all(isinstance(content.get(key), kind)
+                                              for key, kind in kinds.items())
+    needed = {"dataset", "baseline", "template", "clip", "dtype", "classes"}
+    if not sound or not needed <= set(content["settings"]):
         raise ValueError(f"{path} is not a prompt.pt of stage2.py")
+    content["settings"] = dict.fromkeys(stage1.CLIP_SETTINGS, "default") | content["settings"]
     return content
 
 
-def anchor_features(clip_model, class_names, tokens, settings):
-    """Unit features (C, d) of the anchor prompts of these classes, for frozen anchor tokens (N, d_t)."""
-    prompt = AnchorPrompt(clip_model, class_names, len(tokens), settings["preposition"], settings.get("class_chunk", 0))
-    prompt.tokens.data.copy_(tokens)
-    with torch.no_grad():
-        return prompt()
-
-
-# ------------------------------------------------------------------- cross-dataset and domain generalization
-
-VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
-ELEVEN = tuple(name for name in data.DATASETS if name not in (*VARIANTS, "toy"))
-
-
-def prompt_folders(paths):
-    """The run folders (those that hold a prompt.pt) at and under `paths`. Raises FileNotFoundError for none."""
-    found = {}
-    for path in map(pathlib.Path, paths):
-        files = [path] if path.is_file() else sorted(path.rglob("prompt.pt"))
-        if not files:
-            raise FileNotFoundError(f"{path} holds no prompt.pt; give a run of stage2.py, such as "
-                                    "output/imagenet/coop-anchoropt,classes=all/seed1")
-        found |= {file.resolve(): file.parent for file in files}
-    return list(found.values())
-
-
 def load_learner(path, saved, clip_model, class_chunk=0):
-    """The learner of a prompt.pt, on the classes it was trained on, and its anchor tokens (N, d_t), or None.
+    """The learner of a prompt.pt, on the classes that it was learnt on, in eval mode.
 
     saved: from `load_prompt(path)`. Raises ValueError where state, settings and CLIP do not fit together.
     """
-    anchor_tokens = saved["state"].get("template.anchor_tokens")
+    settings = saved["settings"] | {"class_chunk": class_chunk}
     try:
-        settings = saved["settings"] | {"class_chunk": class_chunk}
+        anchor_tokens = saved["state"].get("template.anchor_tokens")
         learner = build_learner(settings, clip_model, saved["class_names"], anchor_tokens)
         learner.load_state_dict(saved["state"])
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} does not fit its own settings or this CLIP ({' '.join(str(error).split())[:200]}); "
-                         "give the --clip it was trained with, or train it again with --overwrite") from error
-    return learner, anchor_tokens
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit its own settings or this CLIP ({reason}); give the --clip "
+                         "it was trained with, or train it again with --overwrite") from error
+    return learner.eval()
 
 
-def load_clip_of(settings, path, args):
-    """The CLIP that a run was trained with; its settings win over --dtype. Raises ValueError for another --clip."""
-    name, dtype = settings["clip"], settings["dtype"]
-    if args.clip and clip_identity(args.clip) != name:
-        raise ValueError(f"{path} was trained with CLIP {name}, but --clip is {clip_identity(args.clip)}; "
-                         "give the one it was trained with (none is needed for a CLIP that has a name)")
-    if dtype == "default":
-        dtype = args.dtype
-    elif args.dtype not in (None, dtype):
-        print(f"note: {path} was trained in {dtype}, which is used instead of --dtype {args.dtype}")
+def prompt_files(paths):
+    """The prompt.pt at and under `paths`; a file that is named is taken. FileNotFoundError for none."""
+    found = {}
+    for path in map(pathlib.Path, paths):
+        files = [path] if path.is_file() else sorted(path.rglob("prompt.pt"))
+        if not files:
+            raise FileNotFoundError(f"{path} holds no prompt.pt; give a run of stage2.py, such as "
+                                    "output/toy/coop-anchoropt/seed1")
+        found |= {file.resolve(): file for file in files}
+    return list(found.values())
+
+
+def load_clip_of(path, settings, args):
+    """The CLIP that a prompt was learnt with; its settings win over the options. ValueError for another."""
+    if args.clip and clip_identity(args.clip) != settings["clip"]:
+        raise ValueError(f"{path} was trained with CLIP {settings['clip']}, but --clip is "
+                         f"{clip_identity(args.clip)}; give the one it was trained with (none is needed "
+                         "for a CLIP that has a name)")
+    own = dict(settings)
+    if own["dtype"] == "default":
+        own["dtype"] = args.dtype or "default"
+    elif args.dtype not in (None, own["dtype"]):
+        print(f"note: {path} was trained in {own['dtype']}, which is used instead of --dtype {args.dtype}")
     try:
-        return load_clip(args.clip or name, args.device, dtype and getattr(torch, dtype))
+        return stage1.load_clip_for(own, args)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} was trained with CLIP {name}: give its file with --clip ({error})") from error
+        raise FileNotFoundError(f"{path} was trained with CLIP {settings['clip']}: give its file with "
+                                f"--clip ({error})") from error
 
 
-def load_transfer(folder, target):
-    """A run's eval-<target>.json; None where there is none, or it was made from another prompt.pt than today's.
+class Classifier:
+    """A learnt prompt, ready for pictures: `load_run(folder)` makes one.
 
-    Raises ValueError for a damaged one.
+    learner: in eval mode, on `class_names`. `known`: are these classes that it was learnt on? Then the
+    normal prompt answers, else the ensemble (Sec. 3.2.2).
     """
-    path, prompt = folder / f"eval-{target}.json", folder / "prompt.pt"
-    if not path.exists():
-        return None
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        sound, stale = is_accuracies(result["accuracy"]), prompt.exists() and result["prompt"] != sha256(prompt)[:8]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{path} is damaged; make it again: python eval.py {folder} --dataset {target} --overwrite")
-    return None if stale else result
+
+    def __init__(self, learner, settings, learnt_on):
+        self.learner = learner
+        self.settings = settings
+        self.learnt_on = list(learnt_on)
+        self.set_classes(self.learnt_on)
+
+    @torch.no_grad()
+    def set_classes(self, class_names):
+        """Binds it to any class names: C strings. Raises ValueError for names that CLIP cannot read."""
+        self.class_names = list(class_names)
+        self.known = set(self.class_names) <= set(self.learnt_on)
+        self.learner.set_classes(self.class_names)
+        self.f_anc = None
+        if self.settings["template"] == "anchoropt":
+            self.f_anc = anchor_features(self.learner.clip_model, self.class_names,
+                                         self.learner.template.anchor_tokens, self.settings["preposition"])
+        return self
+
+    @torch.no_grad()
+    def probabilities(self, pictures, batch_size=100):
+        """q(c | x), Eq. 1, by the inference rule: (n, C). pictures: n paths of image files."""
+        clip_model, device = self.learner.clip_model, self.learner.clip_model.logit_scale.device
+        items = [data.Item(str(picture), 0) for picture in pictures]
+        images = data.Images(items, data.test_transform(clip_model.visual.input_resolution))
+        q = []
+        for crops, _ in data.loader(images, batch_size=batch_size):
+            x = data.normalize(crops.to(device))
+            f = encode_image(clip_model, x).float()
+            q.append(infer(self.learner, f, x, self.f_anc, self.known)["final"].softmax(-1))
+        return torch.cat(q)
+
+    @torch.no_grad()
+    def text_features(self):
+        """Unit text features of the classes, float32: f_T(t_norm) (C, d), f_T(t_anc) (C, d) or None.
+
+        Raises ValueError for CoCoOp, whose normal prompt is another for every image.
+        """
+        if self.learner.prompts_per_image:
+            raise ValueError("cocoop's prompts depend on the image, so they have no text features")
+        f_norm = torch.nn.functional.normalize(self.learner.text_features().float(), dim=-1)
+        return f_norm, None if self.f_anc is None else self.f_anc.float()
 
 
-def evaluate_run(folder, dataset, args, clips):
-    """A run's learnt prompt and anchor on all classes of a dataset; writes eval-<dataset>.json, returns its content.
+def load_run(run, clip=None, device=None):
+    """The `Classifier` of a run of stage2.py, on the classes that it was learnt on.
 
-    The inference rule: final is the ensemble for foreign classes, and the normal prompt for the classes that the run
-    learnt on, ImageNet's in its variants after training with --classes all. dataset: a `data.Dataset`; clips: a dict
-    that keeps the loaded CLIP, with its image features, between calls.
+    run: its folder or its prompt.pt. clip: the file of its CLIP, where it was none with a name. Raises
+    FileNotFoundError and ValueError in one line.
     """
-    target, file = dataset.name, folder / f"eval-{dataset.name}.json"
-    saved = load_prompt(folder / "prompt.pt")
-    settings = saved["settings"]
-    done = None if args.overwrite else load_transfer(folder, target)
-    if done:
-        print(f"finished already: {file} (--overwrite to make it again)", flush=True)
-        return done
-    if dataset.notes and target == settings["dataset"]:      # a split made here depends on the seed: the run's own
-        dataset = data.load_dataset(target, args.root, saved["seed"])
-    known = target in (settings["dataset"], *(VARIANTS if settings["dataset"] == "imagenet" else ()))
-    if settings["classes"] != "all":
-        known = False
-        print(f"note: {folder} has learnt on base classes alone, so final is the ensemble for all of {target}; "
-              "Tables 2 and 4 are of runs with --classes all", flush=True)
-    key = (settings["clip"], settings["dtype"])
-    if key not in clips:
-        clips.clear()                                        # one CLIP at a time on the device
-        clips[key] = load_clip_of(settings, folder / "prompt.pt", args), {}
-    clip_model, test_sets = clips[key]
-    learner, anchor_tokens = load_learner(folder / "prompt.pt", saved, clip_model, args.class_chunk)
-    accuracy = evaluate_items(learner.set_classes(dataset.class_names), settings | {"class_chunk": args.class_chunk},
-                              dataset.test, anchor_tokens, known, test_sets, args.workers, args.test_batch, args.feature_cache)
-    result = {"dataset": settings["dataset"], "target": target, "run": folder.resolve().parent.name, "seed": saved["seed"],
-              "prompt": sha256(folder / "prompt.pt")[:8], "settings": settings, "accuracy": accuracy, "known": known,
-              "classes": len(dataset.class_names), "images": len(dataset.test)}
-    with written_aside(file) as aside:
-        aside.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    args = argparse.Namespace(clip=clip, dtype=None, device=device or stage1.default_device())
+    path = prompt_files([run])[0]
+    saved = load_prompt(path)
+    clip_model = load_clip_of(path, saved["settings"], args)
+    return Classifier(load_learner(path, saved, clip_model), saved["settings"], saved["class_names"])
 
+
+# ---------------------------------------------------------------------------- pictures, text features
+
+def classify_pictures(args):
+    """`python eval.py RUN --images ...`: the top classes of each picture, with probabilities."""
+    classifier = one_run(args)
+    pictures = []
+    for path in args.images:
+        pictures += data.pictures_in(path)
+    rule = "normal prompt" if classifier.known or classifier.f_anc is None else "ensemble"
+    print(f"{len(classifier.class_names)} classes, {rule}")
+    q, rows = classifier.probabilities(pictures, args.test_batch or 100), []
+    for picture, values in zip(pictures, q):
+        best = values.topk(min(args.top, len(values)))
+        named = [(classifier.class_names[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]
+        print(f"{picture}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in named))
+        rows += [{"image": picture, "rank": rank, "class": name, "probability": f"{p:.6f}"}
+                 for rank, (name, p) in enumerate(named, 1)]
+    if args.csv:
+        stage1.save_csv(args.csv, rows)
+
+
+def save_text_features(args):
+    """`python eval.py RUN --save-text-features FILE.npz`: class_names, normal and, where learnt, anchor."""
+    import numpy as np
+
+    classifier = one_run(args)
+    f_norm, f_anc = classifier.text_features()
+    arrays = {"class_names": np.array(classifier.class_names), "normal": f_norm.cpu().numpy()}
+    if f_anc is not None:
+        arrays["anchor"] = f_anc.cpu().numpy()
+    path = args.save_text_features
+    with data.written_aside(path) as aside, open(aside, "wb") as file:
+        np.savez(file, **arrays)
+    print(f"{path}: {', '.join(arrays)} of {len(classifier.class_names)} classes")
+
+
+def one_run(args):
+    files = prompt_files(args.paths)
+    if len(files) > 1:
+        raise ValueError(f"{len(files)} runs are there; name one, such as {files[0].parent}")
+    classifier = load_run(files[0], args.clip, args.device)
+    if args.classes_from:
+        with open(args.classes_from, encoding="utf-8-sig") as file:
+            names = [line.strip() for line in file if line.strip()]
+        if not names:
+            raise ValueError(f"{args.classes_from} is empty; expected a class name a line")
+        classifier.set_classes(names)
+    return classifier
+
+
+# ---------------------------------------------------------------------------- other datasets
 
 def evaluate_runs(args):
     """`python eval.py RUN ... --dataset NAME ...`: every run on every dataset, and a table of them."""
-    folders, clips = prompt_folders(args.paths), {}
-    datasets = [data.load_dataset(name, args.root) for name in args.dataset]            # first what costs nothing
-    for note in [note for dataset in datasets for note in dataset.notes]:
-        print(f"note: {note}", flush=True)
-    results = [evaluate_run(folder, dataset, args, clips) for folder in folders for dataset in datasets]
+    files = prompt_files(args.paths)
+    datasets = [data.load_dataset(name, args.root) for name in args.dataset]    # first what costs nothing
+    for dataset in datasets:
+        for note in dataset.notes:
+            print(f"note: {note}", flush=True)
+    get_clip = OneClip(args)
+    results = [evaluate_run(file, dataset, name, args, get_clip)
+               for file in files for name, dataset in zip(args.dataset, datasets)]
     keys = ("run", "seed", "target", "classes", "images")
-    print("\n" + "\n".join(markdown_table([*keys, *READINGS], [
-        [*(result[key] for key in keys), *(two_digits(result["accuracy"].get(reading)) for reading in READINGS)]
-        for result in results])))
+    rows = [[*(result[key] for key in keys),
+             *(two_digits(result["accuracy"].get(reading)) for reading in READINGS)] for result in results]
+    print("\n" + "\n".join(markdown_table([*keys, *READINGS], rows)))
+    print_notes([note for result in results for note in result["notes"]])
     if any("toy" in (result["dataset"], result["target"]) for result in results):
         print(f"\n{TOY_WARNING}")
 
 
-# --------------------------------------------------------------------------------------------- results of runs
+class OneClip:
+    """Loads the CLIP of a run, and keeps it for runs with the same: one CLIP at a time on the device."""
+
+    def __init__(self, args):
+        self.args = args
+        self.key = None
+
+    def __call__(self, path, settings):
+        key = [settings[name] for name in stage1.CLIP_SETTINGS]
+        if key != self.key:
+            self.clip_model = None
+            frozen_features.cache_clear()
+            self.clip_model = load_clip_of(path, settings, self.args)
+            self.key = key
+        return self.clip_model
+
+
+def evaluate_run(path, dataset, dataset_path, args, get_clip):
+    """A learnt prompt and its anchor on all classes of a dataset; writes eval-<dataset>.json beside it.
+
+    The inference rule: final is the ensemble for foreign classes, and the normal prompt for the classes
+    that the run learnt on, ImageNet's in its variants after training with --classes all. path: of its
+    prompt.pt. dataset: a `data.Dataset`, read from dataset_path. Returns the file's content.
+    """
+    saved = load_prompt(path)
+    settings = saved["settings"]
+    if dataset.notes and dataset.name == settings["dataset"]:       # a split made here depends on the seed
+        dataset = data.load_dataset(dataset_path, args.root, saved["seed"])
+    task = data.few_shot_task(dataset, "all", seed=saved["seed"])
+    facts = data.digests(dataset, task)
+    facts = {key: facts[key] for key in ("class names", "test images")}
+    file = transfer_file(path, dataset.name)
+    done = None if args.overwrite else load_transfer(path, dataset.name)
+    if done is not None:
+        stage1.check_unchanged(file, done.get("facts", {}), facts, "to make it again: --overwrite")
+        print(f"finished already: {file} (--overwrite to make it again)", flush=True)
+        return done
+
+    known = dataset.name == settings["dataset"]
+    if settings["dataset"] == "imagenet" and dataset.name in VARIANTS:
+        known = True
+    notes = list(dataset.notes)
+    if settings["classes"] != "all":
+        known = False
+        print(f"note: {path} has learnt on base classes alone, so final is the ensemble for all of "
+              f"{dataset.name}; Tables 2 and 4 are of runs with --classes all", flush=True)
+    learner = load_learner(path, saved, get_clip(path, settings), args.class_chunk)
+    learner.set_classes(dataset.class_names)
+    scores = evaluate_items(learner, settings, dataset.test, known, args)
+    result = {"dataset": settings["dataset"], "target": dataset.name, "seed": saved["seed"],
+              "run": path.resolve().parent.parent.name, "prompt": sha256(path)[:8], "settings": settings,
+              "accuracy": scores, "known": known, "classes": len(dataset.class_names),
+              "images": len(dataset.test), "facts": facts, "notes": notes, "comparable": not notes}
+    with data.written_aside(file) as aside:
+        aside.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def transfer_file(path, target):
+    """Where `evaluate_run` writes: eval-<target>.json; for a prompt.pt with another name, that in front."""
+    if path.name == "prompt.pt":
+        return path.with_name(f"eval-{target}.json")
+    return path.with_name(f"{path.stem}-eval-{target}.json")
+
+
+def load_transfer(path, target):
+    """What `evaluate_run` wrote; None where there is nothing, or the prompt has been learnt anew since.
+
+    Raises ValueError for a damaged file.
+    """
+    file = transfer_file(path, target)
+    if not file.exists():
+        return None
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        sound = is_accuracies(result["accuracy"])
+        stale = path.exists() and result["prompt"] != sha256(path)[:8]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{file} is damaged; make it again: python eval.py {path} --dataset {target} "
+                         "--overwrite")
+    return None if stale else result
+
+
+# ---------------------------------------------------------------------------- results of runs
 
 def is_accuracies(value):
     """Is this what `evaluate` returns: a dict reading -> percent, with at least the final one?"""
-    return "final" in value and all(isinstance(number, (int, float)) and 0 <= number <= 100 for number in value.values())
+    return "final" in value and all(isinstance(number, (int, float)) and 0 <= number <= 100
+                                    for number in value.values())
+
+
+def load_result(path):
+    """One results.json of stage2.py. Raises ValueError for a damaged one."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        sides = [side for side in (result["base"], result["novel"]) if side is not None]
+        sound = (all(is_accuracies(side) for side in sides)
+                 and result["base"].keys() == sides[-1].keys()
+                 and isinstance(result["settings"], dict)
+                 and isinstance(result["seed"], int)
+                 and isinstance(result["dataset"], str)
+                 and isinstance(result.setdefault("notes", []), list))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path} is not a results.json of stage2.py; run it again with --overwrite")
+    return result | {"run": path.resolve().parent.parent.name, "folder": path.parent}
 
 
 def load_results(paths):
-    """All results.json under the given files and folders, sorted by path. Raises ValueError for a damaged one."""
+    """All results.json under the given files and folders, sorted by path."""
     found = {}
     for path in map(pathlib.Path, paths):
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; give the folder that stage2.py wrote to (--output)")
-        found |= {file.resolve(): file for file in (sorted(path.rglob("results.json")) if path.is_dir() else [path])}
-    results = []
-    for path in found.values():
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            sides = [side for side in (result["base"], result["novel"]) if side is not None]
-            sound = all(map(is_accuracies, sides)) and result["base"].keys() == sides[-1].keys()
-            sound = sound and isinstance(result["settings"], dict) and isinstance(result["seed"], int)
-            sound = sound and isinstance(result["dataset"], str)
-            result |= {"run": path.resolve().parent.parent.name, "folder": path.parent, "dataset": result["dataset"]}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            sound = False
-        if not sound:
-            raise ValueError(f"{path} is not a results.json of stage2.py; run it again with --overwrite")
-        results.append(result)
-    return results
+            raise FileNotFoundError(f"{path} does not exist; give the folder that stage2.py wrote to "
+                                    "(--output)")
+        files = sorted(path.rglob("results.json")) if path.is_dir() else [path]
+        found |= {file.resolve(): file for file in files}
+    return [load_result(path) for path in found.values()]
 
 
 def mean(values):
@@ -545,113 +474,154 @@ def two_digits(value):
 
 
 def listed_seeds(results):
-    return f"seed{'s' if len(results) > 1 else ''} {', '.join(map(str, sorted(result['seed'] for result in results)))}"
+    seeds = ", ".join(map(str, sorted(result["seed"] for result in results)))
+    return f"seeds {seeds}" if len(results) > 1 else f"seed {seeds}"
 
 
 def markdown_table(header, rows):
-    """Lines of a Markdown table: the first column to the left, the others to the right, "-" for an empty cell."""
+    """Lines of a Markdown table: the first column to the left, the others to the right, "-" for nothing."""
     rows = [[str(cell) or "-" for cell in row] for row in rows]
     widths = [max(5, *map(len, column)) for column in zip(header, *rows)]
 
     def line(cells):
-        return f"| {cells[0]:{widths[0]}} |" + "".join(f" {cell:>{w}} |" for cell, w in zip(cells[1:], widths[1:]))
-    rule = f"|:{'-' * (widths[0] + 1)}|" + "".join(f"{'-' * (w + 1)}:|" for w in widths[1:])
+        others = "".join(f" {cell:>{width}} |" for cell, width in zip(cells[1:], widths[1:]))
+        return f"| {cells[0]:{widths[0]}} |{others}"
+    rule = f"|:{'-' * (widths[0] + 1)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
     return [line(header), rule, *map(line, rows)]
 
 
 def group(result):
     """What the seeds of one run share: dataset, the run's name, its folder where it was read from one."""
-    return result["dataset"], result["run"], str(result["folder"].parent if "folder" in result else "")
+    return result["dataset"], result["run"], str(result["folder"].parent)
 
 
-def results_table(results):
-    """Table S1's rows for every group of seeds: lines of Markdown. HM is that of the mean base and mean novel."""
+def grouped(results):
+    """The seeds of each run: dict `group` -> list of results."""
     groups = {}
     for result in results:
         groups.setdefault(group(result), []).append(result)
-    lines = []
-    for (dataset, run, _), seeds in groups.items():
-        rows = []
-        for reading in [reading for reading in READINGS if reading in seeds[0]["base"]]:
-            values = {side: mean(seed[side][reading] for seed in seeds) for side in ("base", "novel") if seeds[0][side]}
-            rows.append([reading, *(two_digits(with_hm(values).get(key)) for key in ("base", "novel", "hm"))])
-        lines += ["", f"{dataset}, {run}, {listed_seeds(seeds)}", "", *markdown_table(["prompt  ", "base", "novel", "HM"], rows)]
-    return lines
-
-
-def summary_table(results, reading):
-    """One row per group of seeds: base, novel and HM of one reading, mean and standard deviation over seeds, as Markdown.
-
-    The mean HM is that of the mean base and mean novel; its deviation is that of the seeds' own HMs.
-    """
-    groups, rows = {}, []
-    for result in results:
-        if reading in result["base"] and result["novel"]:
-            groups.setdefault(group(result), []).append(result)
-    for (dataset, run, _), seeds in groups.items():
-        base, novel = ([seed[side][reading] for seed in seeds] for side in ("base", "novel"))
-        hm = [harmonic_mean(b, n) for b, n in zip(base, novel)]
-        spread = [f" ± {statistics.stdev(values):.2f}" if len(seeds) > 1 else "" for values in (base, novel, hm)]
-        centre = (mean(base), mean(novel), harmonic_mean(mean(base), mean(novel)))
-        rows.append([f"{dataset}, {run}", *(two_digits(c) + s for c, s in zip(centre, spread)), str(len(seeds))])
-    return markdown_table([f"run ({reading})", "base", "novel", "HM", "seeds"], rows)
+    return groups
 
 
 def with_hm(values):
     """Adds HM, of the averaged base and novel as the paper does, where there are both."""
-    return values | ({"hm": harmonic_mean(values["base"], values["novel"])} if "novel" in values else {})
+    if "novel" not in values:
+        return values
+    return values | {"hm": harmonic_mean(values["base"], values["novel"])}
 
 
-TOY_WARNING = ("These are figures of the toy world: they check the machinery and are no evidence for or against "
-               "the paper's claims.")
+def results_table(results):
+    """Table S1's rows for every run: lines of Markdown. HM is that of the mean base and mean novel."""
+    lines = []
+    for (dataset, run, _), seeds in grouped(results).items():
+        rows = []
+        for reading in seeds[0]["base"]:
+            values = {side: mean(seed[side][reading] for seed in seeds)
+                      for side in ("base", "novel") if seeds[0][side]}
+            values = with_hm(values)
+            rows.append([reading, *(two_digits(values.get(key)) for key in ("base", "novel", "hm"))])
+        lines += ["", f"{dataset}, {run}, {listed_seeds(seeds)}", ""]
+        lines += markdown_table(["prompt  ", "base", "novel", "HM"], rows)
+    return lines
+
+
+def summary_table(results, reading):
+    """One row per run: base, novel and HM of one reading, mean and standard deviation over seeds.
+
+    The mean HM is that of the mean base and mean novel; its deviation is that of the seeds' own HMs.
+    """
+    rows = []
+    results = [result for result in results if reading in result["base"] and result["novel"]]
+    for (dataset, run, _), seeds in grouped(results).items():
+        base = [seed["base"][reading] for seed in seeds]
+        novel = [seed["novel"][reading] for seed in seeds]
+        hm = [harmonic_mean(b, n) for b, n in zip(base, novel)]
+        centres = (mean(base), mean(novel), harmonic_mean(mean(base), mean(novel)))
+        cells = []
+        for centre, values in zip(centres, (base, novel, hm)):
+            spread = f" ± {statistics.stdev(values):.2f}" if len(seeds) > 1 else ""
+            cells.append(two_digits(centre) + spread)
+        rows.append([f"{dataset}, {run}", *cells, str(len(seeds))])
+    return markdown_table([f"run ({reading})", "base", "novel", "HM", "seeds"], rows)
+
+
+TOY_WARNING = ("These are figures of the toy world: they check the machinery and are no evidence for or "
+               "against the paper's claims.")
 
 
 def print_table(results, summary=None):
-    print("\n".join(summary_table(results, summary) if summary else results_table(results)))
+    lines = summary_table(results, summary) if summary else results_table(results)
+    print("\n".join(lines))
+    print_notes([note for result in results for note in result["notes"]])
     if any(result["dataset"] == "toy" for result in results):
         print(f"\n{TOY_WARNING}")
 
 
+def print_notes(notes):
+    if notes:
+        print("\nNotes\n")
+    for note in dict.fromkeys(notes):
+        print(f"- {note}")
+
+
 def draw_figure4(results, path):
-    """Fig. 4: the learnt W (without noise) of every run found, the lowest seed of each, side by side in one picture."""
+    """Fig. 4: the learnt W (without noise) of every run, the lowest seed of each, side by side."""
     first = {}
     for result in sorted(results, key=lambda result: result["seed"]):
         if result.get("position_matrix"):
             first.setdefault(group(result), result)
     lengths = sorted({result["settings"]["anchor_length"] for result in first.values()})
-    if len(lengths) != 1:
-        raise ValueError(f"runs with {' and '.join(map(str, lengths))} anchor tokens do not go into one picture; name fewer runs"
-                         if lengths else "no run with a learnt position matrix here; make one: python stage2.py")
-    datasets, runs = ({key[:n] for key in first} for n in (1, 2))             # titles: as short as tells them apart
-    labels = {key: key[0] if len(datasets) == len(first) else f"{key[0]}\n{key[1] if len(runs) == len(first) else key[2]}"
-              for key in first}
-    panels = {labels[key]: first[key]["position_matrix"]["end"] for key in sorted(first)}
-    with written_aside(path) as aside:
+    if not lengths:
+        raise ValueError("no run with a learnt position matrix here; make one: python stage2.py")
+    if len(lengths) > 1:
+        raise ValueError(f"runs with {' and '.join(map(str, lengths))} anchor tokens do not go into one "
+                         "picture; name fewer runs")
+    panels = {}
+    for key in sorted(first):
+        panels[panel_title(key, first)] = first[key]["position_matrix"]["end"]
+    with data.written_aside(path) as aside:
         plot_position_matrix(panels, aside, lengths[0])
     print(f"{path}: " + ", ".join(str(first[key]["folder"]) for key in sorted(first)))
 
 
-# ----------------------------------------------------------------------------------------- the paper's tables
+def panel_title(key, keys):
+    """As short as tells one run from the others: dataset, then its name, then its folder."""
+    dataset, run, folder = key
+    if len({other[0] for other in keys}) == len(keys):
+        return dataset
+    if len({other[:2] for other in keys}) == len(keys):
+        return f"{dataset}\n{run}"
+    return f"{dataset}\n{folder}"
 
-PAPER_FILE = SETTINGS_FILE.with_name("paper_tables.csv")
-MACHINE = ("clip", "dtype", "descriptions")        # a cell takes runs whatever these are, and a note says what they were
+
+# ---------------------------------------------------------------------------- the paper's tables
+
+PAPER_FILE = pathlib.Path(data.ASSETS) / "paper_tables.csv"
+MACHINE = (*stage1.CLIP_SETTINGS, "descriptions")   # a cell takes runs whatever these are, and says so
 
 
 class Row(NamedTuple):
-    """A row of a table: its label in the paper, the runs that belong in it, and the prompt whose accuracy it shows."""
+    """A row of a table: its label in the paper, the runs that belong in it, the prompt it shows."""
     label: str
     baseline: str = "coop"
     template: str = "anchoropt"
-    changed: dict = {}                             # settings, beside the defaults of baseline, template and dataset
+    changed: dict = {}                  # settings, beside the defaults of baseline, template and dataset
     reading: str = "final"
+    note: str = ""                      # what a reader of its figures must know
+
+    def settings(self, dataset):
+        """The settings of its runs on a dataset."""
+        defaults = default_settings(dataset, self.baseline, self.template, self.changed.get("classes"),
+                                    self.changed.get("one_stage", False))
+        return defaults | self.changed
 
 
 class Table(NamedTuple):
     title: str
     rows: list
-    datasets: tuple = ("imagenet",)                # that need a run, or a target of one where `source` is set
-    blocks: tuple = ("imagenet",)                  # that are shown, one below the other
-    source: str = ""                               # Tables 2 and 4: where the prompts were learnt
+    datasets: tuple = ("imagenet",)     # that need a run, or a target of one where `source` is set
+    blocks: tuple = ("imagenet",)       # that are shown, one below the other
+    source: str = ""                    # Tables 2 and 4: where the prompts were learnt
 
     @property
     def measures(self):
@@ -659,138 +629,208 @@ class Table(NamedTuple):
 
 
 class Cell(NamedTuple):
-    values: dict                                   # measure -> percent
-    runs: str                                      # what they are the mean of, in words
-    whole: bool = True                             # False: an average over fewer datasets than the paper's
+    values: dict                        # measure -> percent
+    runs: str                           # what they are the mean of, in words
+    comparable: bool = True             # may the paper's figure be subtracted?
 
 
 def option_rows(key, values, labels=None):
-    return [Row(label, changed={key: value}) for label, value in zip(labels or map(str, values), values)]
+    labels = labels or map(str, values)
+    return [Row(label, changed={key: value}) for label, value in zip(labels, values)]
 
 
 METHODS = [Row(name + suffix, baseline, template)
            for baseline, name in (("coop", "CoOp"), ("cocoop", "CoCoOp"), ("maple", "MaPLe"), ("dept", "DePT"))
            for template, suffix in zip(TEMPLATES, ("", " + ATPrompt", " + AnchorOPT"))]
-TRANSFER = [row._replace(changed={"classes": "all"}) for row in METHODS
-            if row.baseline == "coop" or row.label in ("CoCoOp", "MaPLe")]
+# Tables 2 and 4: learnt on all of ImageNet's classes, with settings of their own where a source has them.
+WITHOUT_SOURCE = ("{}: no source gives its settings for all 1,000 classes; its row of base-to-novel runs "
+                  "is used")
+TRANSFER = []
+for row in METHODS:
+    note = WITHOUT_SOURCE.format(row.label) if row.label in ("CoCoOp + AnchorOPT", "MaPLe + AnchorOPT") else ""
+    if row.baseline != "dept":
+        TRANSFER.append(row._replace(changed={"classes": "all"}, note=note))
+TAUS = (0.1, 0.5, 1, 2, 4)
 TABLES = {
     "1": Table("base to novel classes", METHODS, ELEVEN, ("average", *ELEVEN)),
     "2": Table("from ImageNet to ten other datasets", TRANSFER, ELEVEN, (*ELEVEN, "average"), "imagenet"),
-    "3": Table("one stage and two", [Row("One-stage", changed={"one_stage": True}), Row("Two-stage")], ELEVEN, ("average",)),
-    "4": Table("from ImageNet to its variants", TRANSFER, ("imagenet", *VARIANTS), ("imagenet", *VARIANTS, "average"),
-               "imagenet"),
-    "5": Table("the normal prompt alone", [Row("ATPrompt", template="atprompt"), Row("AnchorOPT w/o Ensemble", reading="normal")],
+    "3": Table("one stage and two", [Row("One-stage", changed={"one_stage": True}), Row("Two-stage")],
+               ELEVEN, ("average",)),
+    "4": Table("from ImageNet to its variants", TRANSFER, ("imagenet", *VARIANTS),
+               ("imagenet", *VARIANTS, "average"), "imagenet"),
+    "5": Table("the normal prompt alone", [Row("ATPrompt", template="atprompt"),
+                                           Row("AnchorOPT w/o Ensemble", reading="normal")],
                ELEVEN, ("average",)),
     "6": Table("prepositions", option_rows("preposition", ("with", "at", "sun", "sea", "of"))),
-    "7": Table("anchor length N", [Row(f"{reading} prompt, N = {n}", changed={"anchor_length": n}, reading=reading)
-                                   for reading in ("anchor", "normal") for n in (1, 2, 3, 4)]),
-    "8": Table("where the anchor stands", option_rows("arrangement", ("adaptive", "before", "middle", "after-class"), (
-        "Position Matrix", "Before Soft Token", "Middle", "After Class Token"))),
+    "7": Table("anchor length N", [
+        Row(f"{reading} prompt, N = {n}", changed={"anchor_length": n}, reading=reading)
+        for reading in ("anchor", "normal") for n in (1, 2, 3, 4)]),
+    "8": Table("where the anchor stands", option_rows(
+        "arrangement", ("adaptive", "before", "middle", "after-class"),
+        ("Position Matrix", "Before Soft Token", "Middle", "After Class Token"))),
     "9": Table("distillation", [Row("without KD", changed={"lambda_2": 0}), Row("with KD")]),
     "S1": Table("each prompt of CoOp + AnchorOPT", [
         Row("CoOp", template="plain"), Row("ATPrompt", template="atprompt"),
-        Row("AnchorOPT-One Stage", changed={"one_stage": True}), Row("AnchorOPT-Anchor Prompts", reading="anchor"),
-        Row("AnchorOPT-Normal Prompts", reading="normal"), Row("AnchorOPT-Ensemble", reading="ensemble"),
+        Row("AnchorOPT-One Stage", changed={"one_stage": True}),
+        Row("AnchorOPT-Anchor Prompts", reading="anchor"),
+        Row("AnchorOPT-Normal Prompts", reading="normal"),
+        Row("AnchorOPT-Ensemble", reading="ensemble"),
         Row("AnchorOPT-Final")], ELEVEN, ("average", *ELEVEN)),
-    "S2": Table("prepositions, and none", option_rows("preposition", ("none", "with", "at", "sun", "sea", "of"))),
-    "S3": Table("temperature of Eq. 7", option_rows("tau", (0.1, 0.5, 1, 2, 4), [f"tau = {t}" for t in (0.1, 0.5, 1, 2, 4)])),
+    "S2": Table("prepositions, and none", option_rows(
+        "preposition", ("none", "with", "at", "sun", "sea", "of"))),
+    "S3": Table("temperature of Eq. 7", option_rows("tau", TAUS, [f"tau = {tau}" for tau in TAUS])),
 }
 
 
 def load_paper(number):
-    """One table of the paper, as printed: dict (dataset or "average", label) -> dict measure -> str, and `note`."""
+    """One table of the paper, as printed: (dataset or "average", label) -> measure -> str, and `note`."""
     with open(PAPER_FILE, newline="", encoding="utf-8") as file:
-        return {(row["dataset"], row["method"]): row for row in csv.DictReader(file) if row["table"] == number}
+        rows = [row for row in csv.DictReader(file) if row["table"] == number]
+    return {(row["dataset"], row["method"]): row for row in rows}
 
 
 def find_seeds(results, settings):
-    """The results, one per seed, of the run with these settings (all but MACHINE must agree), and remarks on them.
+    """The results, one per seed, of the run with these settings, and remarks on them.
 
-    Where several folders fit: the one with the fewest MACHINE settings off the defaults, then the one with most seeds.
+    All settings but MACHINE must agree. Where several folders fit: the one with the fewest MACHINE
+    settings off the defaults, then the one with most seeds.
     """
     def method(some):
         return {key: value for key, value in some.items() if key not in MACHINE}
+
     fits = {}
     for result in results:
         if method(result["settings"]) == method(settings):
-            off = [f"{key} {value}" for key, value in result["settings"].items() if value != settings.get(key)]
+            off = [f"{key} {value}" for key, value in result["settings"].items()
+                   if value != settings.get(key, "default")]
             fits.setdefault((len(off), result["folder"].parent, *off), []).append(result)
     order = sorted(fits, key=lambda fit: (fit[0], -len(fits[fit]), fit))
     if not order:
         return [], []
-    return fits[order[0]], ([f"some runs are with {off}" for off in order[0][2:]] +
-                            [f"{order[0][1]} is shown, {left[1]} ({' '.join(left[2:])}) is left out" for left in order[1:]])
+    best, *others = order
+    remarks = [f"some runs are with {off}" for off in best[2:]]
+    for left in others:
+        remarks.append(f"{best[1]} is shown, {left[1]} ({' '.join(left[2:])}) is left out")
+    return fits[best], remarks
 
 
 def fill(table, results, output):
     """The cells of a table that these results fill, and what is missing.
 
-    Returns cells, a dict (dataset, label) -> Cell, with "average" among the datasets; commands, the lines that fill the
-    empty ones, for runs in the folder `output`; and notes.
+    Returns cells, a dict (dataset, label) -> Cell, with "average" among the datasets; commands, the lines
+    that fill the empty ones, for runs in the folder `output`; and notes.
     """
     cells, commands, notes = {}, [], []
     for row in table.rows:
-        absent = []
-        for dataset in table.datasets:
-            learnt_on = table.source or dataset
-            settings = default_settings(learnt_on, row.baseline, row.template, "one_stage" in row.changed) | row.changed
-            seeds, remarks = find_seeds(results, settings)
-            notes += remarks
-            if seeds:
-                run = shlex.quote(str(seeds[0]["folder"].parent))
-            else:                                            # * stands for what is not known yet (descriptions, clip)
-                run = shlex.quote(str(run_folder(output, settings, 1).parent)) + "*"
-                commands.append(train_command(row, settings, output))
-            if dataset != learnt_on:
-                seeds = [result for result in (load_transfer(seed["folder"], dataset) for seed in seeds) if result]
-                values = {"accuracy": [result["accuracy"]["final"] for result in seeds]}
-                absent += [] if seeds else [dataset]
-            else:
-                values = {measure: [seed[measure.replace("accuracy", "base")][row.reading] for seed in seeds]
-                          for measure in table.measures if measure != "hm"}
-            if seeds:
-                means = {key: mean(value) for key, value in values.items()}
-                cells[dataset, row.label] = Cell(with_hm(means), listed_seeds(seeds))
-        if absent:
-            commands.append(f"python eval.py {run} --dataset {' '.join(absent)} --root $DATA")
+        if table.source:
+            filled = fill_from_source(table, row, results, output)
+        else:
+            filled = fill_from_runs(table, row, results, output)
+        row_cells, row_commands, row_notes = filled
+        commands += row_commands
+        notes += row_notes
+        if row.note and any(cell.values for cell in row_cells.values()):
+            notes.append(row.note)
+        cells |= row_cells
         targets = [dataset for dataset in table.datasets if dataset != table.source]
-        present = [cells[dataset, row.label].values for dataset in targets if (dataset, row.label) in cells]
+        present = [row_cells[dataset, row.label] for dataset in targets if (dataset, row.label) in row_cells]
         if present:
-            average = {key: mean(values[key] for values in present) for key in table.measures if key != "hm"}
-            runs = f"{len(present)} of {len(targets)} datasets"
-            cells["average", row.label] = Cell(with_hm(average), runs, len(present) == len(targets))
+            average = {key: mean(cell.values[key] for cell in present)
+                       for key in table.measures if key != "hm"}
+            comparable = len(present) == len(targets) and all(cell.comparable for cell in present)
+            cells["average", row.label] = Cell(
+                with_hm(average), f"{len(present)} of {len(targets)} datasets", comparable)
     return cells, list(dict.fromkeys(commands)), list(dict.fromkeys(notes))
+
+
+def fill_from_runs(table, row, results, output):
+    """`fill` for one row of a table whose cells are runs on their own dataset."""
+    cells, commands, notes = {}, [], []
+    for dataset in table.datasets:
+        settings = row.settings(dataset)
+        seeds, remarks = find_seeds(results, settings)
+        notes += remarks
+        if not seeds:
+            commands.append(train_command(row, settings, output))
+            continue
+        values = {side: mean(seed[side][row.reading] for seed in seeds) for side in ("base", "novel")}
+        cells[dataset, row.label] = cell_of(with_hm(values), seeds)
+        notes += [note for seed in seeds for note in seed["notes"]]
+    return cells, commands, notes
+
+
+def fill_from_source(table, row, results, output):
+    """`fill` for one row of Tables 2 and 4: the runs on the source, and what they left on each target."""
+    settings = row.settings(table.source)
+    seeds, notes = find_seeds(results, settings)
+    cells, commands, absent = {}, [], []
+    if seeds:
+        run = shlex.quote(str(seeds[0]["folder"].parent))
+    else:                                   # * stands for what is not known yet (descriptions, clip)
+        run = shlex.quote(str(stage1.run_folder(output, settings, 1).parent)) + "*"
+        commands.append(train_command(row, settings, output))
+    for dataset in table.datasets:
+        if dataset == table.source:
+            found = seeds
+            values = [seed["base"][row.reading] for seed in seeds]
+        else:
+            found = [load_transfer(seed["folder"] / "prompt.pt", dataset) for seed in seeds]
+            found = [result for result in found if result is not None]
+            values = [result["accuracy"]["final"] for result in found]
+        if found:
+            cells[dataset, row.label] = cell_of({"accuracy": mean(values)}, found)
+            notes = notes + [note for result in found for note in result.get("notes", [])]
+        elif dataset != table.source:
+            absent.append(dataset)
+    if absent:
+        commands.append(f"python eval.py {run} --dataset {' '.join(absent)} --root $DATA")
+    return cells, commands, notes
+
+
+def cell_of(values, found):
+    comparable = all(result.get("comparable", True) for result in found)
+    return Cell(values, listed_seeds(found), comparable)
 
 
 def train_command(row, settings, output):
     """The line of a shell that makes a cell's runs. $DATA and $DESCRIPTIONS are the user's folders."""
-    dataset, defaults = settings["dataset"], default_settings(settings["dataset"], row.baseline, row.template)
+    dataset = settings["dataset"]
+    defaults = default_settings(dataset, row.baseline, row.template)
     words = ["python stage2.py --dataset", dataset, "--baseline", row.baseline, "--template", row.template]
     for key, value in row.changed.items():
         if value != defaults[key]:
-            words += ["--" + key.replace("_", "-")] + ([] if value is True else [str(value)])
-    if row.template == "anchoropt" and not os.path.isfile(os.path.join(data.SHIPPED, f"{dataset}.json")):
-        words.append(f"--descriptions $DESCRIPTIONS/{dataset}.json")
-    words += ["--seeds 1 2 3"] + ([] if dataset == "toy" else ["--root $DATA"])
-    return " ".join(words + ([] if os.path.normpath(output) == "output" else ["--output", shlex.quote(str(output))]))
+            words.append("--" + key.replace("_", "-"))
+            if value is not True:
+                words.append(str(value))
+    words.append("--seeds 1 2 3")
+    if dataset != "toy":
+        words.append("--root $DATA")
+    if os.path.normpath(output) != "output":
+        words.append(f"--output {shlex.quote(str(output))}")
+    return " ".join(words)
 
 
 def table_records(number, table, cells):
-    """A dict of text per line: table, dataset, method, then per measure ours, the paper's and the difference; runs.
+    """A dict of text per line: table, dataset, method, per measure ours, the paper's, difference; runs.
 
-    Empty where there is no figure. An average over fewer datasets than the paper's has no difference.
+    Empty where there is no figure. What does not compare has no difference.
     """
     paper, records = load_paper(number), []
+    own_labels = [row.label for row in table.rows]
     for dataset in table.blocks:
         printed = [label for block, label in paper if block == dataset]
-        for label in dict.fromkeys(printed + [row.label for row in table.rows]):
-            mine = label in [row.label for row in table.rows]
-            cell = cells.get((dataset, label), Cell({}, "none yet" if mine else "paper only"))
+        for label in dict.fromkeys(printed + own_labels):
+            nothing = Cell({}, "none yet" if label in own_labels else "paper only")
+            cell = cells.get((dataset, label), nothing)
             record = {"table": number, "dataset": dataset, "method": label}
             for measure in table.measures:
-                ours, theirs = cell.values.get(measure), paper.get((dataset, label), {}).get(measure, "")
-                difference = f"{ours - float(theirs):+.2f}" if ours is not None and theirs and cell.whole else ""
-                record |= {measure: two_digits(ours), f"{measure}_paper": theirs, f"{measure}_difference": difference}
+                ours = cell.values.get(measure)
+                theirs = paper.get((dataset, label), {}).get(measure, "")
+                difference = ""
+                if ours is not None and theirs and cell.comparable:
+                    difference = f"{ours - float(theirs):+.2f}"
+                record |= {measure: two_digits(ours), f"{measure}_paper": theirs,
+                           f"{measure}_difference": difference}
             records.append(record | {"runs": cell.runs})
     return records
 
@@ -798,120 +838,129 @@ def table_records(number, table, cells):
 def print_paper_table(args):
     """`python eval.py --table N OUTPUT`: Markdown to stdout, or CSV (see --csv)."""
     results, table = load_results(args.paths), TABLES[args.table]
-    output = os.path.relpath(results[0]["folder"].resolve().parent.parent.parent) if results else args.paths[0]
-    if args.on and (table.source or args.on not in (*ELEVEN, "toy")):
-        raise ValueError(f"--on {args.on}: " + ("Tables 2 and 4 are of runs on imagenet" if table.source else
-                                                f"give one of {', '.join((*ELEVEN, 'toy'))}, which have training images"))
-    tables = [table._replace(datasets=(args.on,), blocks=(args.on,)) if args.on else table]
-    toy = table._replace(datasets=("toy",), blocks=("toy",))
-    if "average" in table.blocks and not table.source and not args.on and fill(toy, results, output)[0]:
-        tables.append(toy)                                               # a practitioner's first runs, below the paper's
-    records, commands, lines = [], [], [f"## Table {args.table}: {table.title}"]
-    notes = [f"the paper's {label}, {dataset}: {row['note']}" for (dataset, label), row in load_paper(args.table).items()
+    output = args.paths[0]
+    if results:
+        output = os.path.relpath(results[0]["folder"].resolve().parent.parent.parent)
+    tables = [table]
+    if args.on:
+        check_on(args.on, table)
+        tables = [table._replace(datasets=(args.on,), blocks=(args.on,))]
+    elif "average" in table.blocks and not table.source:
+        toy = table._replace(datasets=("toy",), blocks=("toy",))
+        if fill(toy, results, output)[0]:                   # a practitioner's first runs, below the paper's
+            tables.append(toy)
+
+    notes = [f"the paper's {label}, {dataset}: {row['note']}"
+             for (dataset, label), row in load_paper(args.table).items()
              if row["note"] and dataset in tables[0].blocks]
-    header = ["method", *(name for m in table.measures for name in (m.replace("hm", "HM"), "paper", "diff")), "runs"]
+    records, commands = [], []
     for one in tables:
         cells, missing, remarks = fill(one, results, output)
-        commands, notes, records = commands + missing, notes + remarks, records + table_records(args.table, one, cells)
-    for dataset in dict.fromkeys(record["dataset"] for record in records):
-        rows = [list(record.values())[2:] for record in records if record["dataset"] == dataset]
-        lines += ["", f"### {dataset}", "", *markdown_table(header, rows)]
+        commands += missing
+        notes += remarks
+        records += table_records(args.table, one, cells)
     if args.csv == "-":
         writer = csv.DictWriter(sys.stdout, list(records[0]), lineterminator="\n")
         writer.writeheader()
-        return writer.writerows(records)
+        writer.writerows(records)
+        return
     if args.csv:
-        save_log(args.csv, records)
-    if any(record["dataset"] == "toy" and record["base"] for record in records if "base" in record):
-        lines += ["", TOY_WARNING]
-    if notes:
-        lines += ["", "Notes", "", *(f"- {note}" for note in dict.fromkeys(notes))]
+        stage1.save_csv(args.csv, records)
+
+    header = ["method"]
+    for measure in table.measures:
+        header += [measure.replace("hm", "HM"), "paper", "diff"]
+    print(f"## Table {args.table}: {table.title}")
+    for dataset in dict.fromkeys(record["dataset"] for record in records):
+        rows = [list(record.values())[2:] for record in records if record["dataset"] == dataset]
+        print("\n".join(["", f"### {dataset}", "", *markdown_table([*header, "runs"], rows)]))
+    if any(record["dataset"] == "toy" and record.get("base") for record in records):
+        print(f"\n{TOY_WARNING}")
+    print_notes(notes)
     if commands:
-        lines += ["", "Empty cells, and what fills them ($DATA: the folder of the datasets, $DESCRIPTIONS: of their description "
-                  "files)", "", "```", *commands, "```"]
-    print("\n".join(lines))
+        print("\nEmpty cells, and what fills them ($DATA: the folder of the datasets)\n")
+        print("\n".join(["```", *commands, "```"]))
 
 
-# ----------------------------------------------------------------------------------------------- command line
-
-_at_work_on = ["the preparation"]
-
-
-def at_work_on(what):
-    """Tells `run_script` what a Ctrl-C stops from here on."""
-    _at_work_on[0] = what
+def check_on(dataset, table):
+    if table.source:
+        raise ValueError(f"--on {dataset}: Tables 2 and 4 are of runs on imagenet")
+    if dataset not in (*ELEVEN, "toy"):
+        raise ValueError(f"--on {dataset}: give one of {', '.join((*ELEVEN, 'toy'))}, which have training "
+                         "images")
 
 
-def run_script(name, run, device=None):
-    """Runs a script's body; what a user can mend ends in one line on stderr. Returns the exit code."""
-    try:
-        run()
-        return 0
-    except KeyboardInterrupt:
-        print("\n" * sys.stderr.isatty() + f"{name}: stopped in {_at_work_on[0]}; finished epochs are kept, the same command "
-              f"goes on from there: {shlex.join(['python', *sys.argv])}", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError as error:
-        print(f"{name}: out of memory on {device} ({str(error).split('.')[0]}); lower --test-batch or --batch-size, "
-              "or set --class-chunk 100", file=sys.stderr)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
-
+# ---------------------------------------------------------------------------- command line
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", metavar="OUTPUT", help="folders written by stage2.py, with all that is under them")
-    group = parser.add_argument_group("what to do (default: list all runs found)").add_mutually_exclusive_group()
-    group.add_argument("--dataset", nargs="+", metavar="NAME", help="evaluate learnt prompts on all classes of these datasets")
-    group.add_argument("--table", type=str.upper, choices=list(TABLES), help="collect the runs into this table of the paper")
-    group.add_argument("--summary", choices=READINGS, help="a row per run with the standard deviation over seeds")
-    group.add_argument("--figure", choices=["4"], help="draw the learnt position matrices")
-    group = parser.add_argument_group("tables and figures")
-    group.add_argument("--on", metavar="NAME", help="with --table: the runs on this dataset instead (default: the paper's)")
+    parser = stage1.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="OUTPUT",
+                        help="folders written by stage2.py, with all that is under them; or one prompt.pt")
+    group = parser.add_argument_group("what to do (default: list all runs found)")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument("--dataset", nargs="+", metavar="NAME",
+                      help="evaluate learnt prompts on all classes of these datasets")
+    what.add_argument("--images", nargs="+", metavar="PATH",
+                      help="say what is on these pictures, or on those in a folder")
+    what.add_argument("--save-text-features", metavar="FILE.npz",
+                      help="write class_names, normal and anchor: unit text features (C, d), float32")
+    what.add_argument("--table", type=str.upper, choices=list(TABLES),
+                      help="collect the runs into this table of the paper")
+    what.add_argument("--summary", choices=READINGS,
+                      help="a row per run with the standard deviation over seeds")
+    what.add_argument("--figure", choices=["4"], help="draw the learnt position matrices")
+    group = parser.add_argument_group("tables, figures, pictures")
+    group.add_argument("--on", metavar="NAME",
+                       help="with --table: the runs on this dataset instead (default: the paper's)")
     group.add_argument("--csv", nargs="?", const="-", metavar="FILE",
-                       help="with --table: write it as CSV too; without FILE only CSV, to stdout (default: Markdown)")
+                       help="with --table or --images: write it as CSV too; without FILE a table goes to "
+                            "stdout as CSV alone")
     group.add_argument("--output", metavar="FILE", help="with --figure: the picture (default: figure4.png)")
-    group = parser.add_argument_group("with --dataset")
-    group.add_argument("--root", help="folder that holds the datasets (default: the environment's DATA, else ./data)")
-    group.add_argument("--clip", metavar="FILE", help="CLIP checkpoint that the runs were trained with (default: as they say)")
-    group.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps (default: %(default)s)")
-    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
-                       help="of the frozen CLIP (default: the run's; else float16 on CUDA, float32 elsewhere)")
-    group.add_argument("--class-chunk", type=int, default=0, help="encode this many classes at a time (default: 0, all)")
-    group.add_argument("--workers", type=int, help="processes that load images (default: 8 or fewer on a GPU, else 0)")
-    group.add_argument("--test-batch", type=int,
-                       help="test images at a time where prompts depend on them (default: 100; maple 200)")
-    group.add_argument("--feature-cache", metavar="DIR", help="keep the frozen CLIP's test features here (default: nowhere)")
-    group.add_argument("--overwrite", action="store_true", help="evaluate again what is finished (default: skip it)")
+    group.add_argument("--classes-from", metavar="FILE",
+                       help="with --images, --save-text-features: any class names, one a line (default: the "
+                            "classes learnt on)")
+    group.add_argument("--top", type=stage1.at_least(1), default=5,
+                       help="with --images: how many classes of each (default: 5)")
+    group = parser.add_argument_group("with --dataset, --images, --save-text-features")
+    group.add_argument("--root", help="folder that holds the datasets (default: the environment's DATA, "
+                                      "else ./data)")
+    stage1.add_clip_options(group)
+    stage1.add_image_options(group)
+    group.add_argument("--overwrite", action="store_true",
+                       help="evaluate again what is finished (default: skip it)")
     args = parser.parse_args(argv)
-    for option, needs in (("on", "table"), ("csv", "table"), ("output", "figure"), ("overwrite", "dataset")):
-        if getattr(args, option) and not getattr(args, needs):
-            parser.error(f"--{option} goes with --{needs}")
-    if (args.test_batch or 1) < 1 or args.class_chunk < 0:
-        parser.error("--test-batch must be positive and --class-chunk at least 0")
+    for option, needs in (("on", ("table",)), ("csv", ("table", "images")), ("output", ("figure",)),
+                          ("classes_from", ("images", "save_text_features")), ("overwrite", ("dataset",))):
+        if getattr(args, option) and not any(getattr(args, need) for need in needs):
+            needed = " or ".join("--" + need.replace("_", "-") for need in needs)
+            parser.error(f"--{option.replace('_', '-')} goes with {needed}")
+    if args.images and args.csv == "-":
+        parser.error("--csv needs a FILE with --images")
     if args.workers is None:
-        args.workers = min(8, os.cpu_count() or 1) if args.device.startswith("cuda") else 0
+        args.workers = stage1.default_workers(args)
     return args
 
 
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def run(args):
+    if args.dataset:
+        return evaluate_runs(args)
+    if args.images:
+        return classify_pictures(args)
+    if args.save_text_features:
+        return save_text_features(args)
+    if args.table:
+        return print_paper_table(args)
+    results = load_results(args.paths)
+    if not results:
+        raise FileNotFoundError(f"no results.json under {', '.join(args.paths)}; train with: python "
+                                "stage2.py --dataset toy")
+    if args.figure:
+        return draw_figure4(results, args.output or "figure4.png")
+    return print_table(results, args.summary)
 
 
 def main(argv=None):
-    args = parse(argv)
-
-    def run():
-        if args.dataset:
-            return evaluate_runs(args)
-        if args.table:
-            return print_paper_table(args)
-        results = load_results(args.paths)
-        if not results:
-            raise FileNotFoundError(f"no results.json under {', '.join(args.paths)}; train with: python stage2.py --dataset toy")
-        return draw_figure4(results, args.output or "figure4.png") if args.figure else print_table(results, args.summary)
-    return run_script("eval.py", run, args.device)
+    return stage1.run_script("eval.py", run, parse(argv))
 
 
 if __name__ == "__main__":

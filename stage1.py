@@ -1,222 +1,672 @@
 """Stage I, anchor optimization (Sec. 3.2.1, Fig. 2a, the first loop of Algorithm 1).
 
-    python stage1.py --dataset toy                                      seconds on a CPU, nothing to download
-    python stage1.py --dataset caltech101 --root $DATA --nearest 10     the paper's anchor, and words near it
+    python stage1.py --dataset toy                                      seconds on a CPU, no download
+    python stage1.py --dataset caltech101 --root $DATA --nearest 10     an anchor, and words near it
 
 Learns the anchor tokens [Anc_1]..[Anc_N] of "{Anc} of {Class}" from class descriptions alone: no image is
 read. Every step takes all base classes at once, against the mean of each class's description features,
 which is Eq. 5 exactly (losses.anchor_mse). Descriptions of novel classes never reach the anchor.
 stage2.py runs this by itself where the anchor is missing.
+
+Below Stage I stands what every run shares: the loop over epochs, settings, folders, options.
 """
 
 import argparse
+import collections
 import contextlib
-import hashlib
-import json
+import csv
+import functools
 import math
+import os
+import pathlib
 import sys
 import time
+import urllib.parse
 
+import filelock
 import torch
 from tqdm import tqdm
 
 import data
-import eval as evaluation
 import losses
-from anchor import AnchorPrompt, load_anchor, nearest_words, save_anchor
-from prompts import encode_sentences, load_clip, unit
+
+try:
+    from anchor import AnchorPrompt, load_anchor, nearest_words, read_as_data, save_anchor
+    from prompts import check_width, clip_identity, encode_sentences, load_clip, unit
+except ImportError as error:                        # clip is missing, or lacks pkg_resources
+    print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
-def learning_rate(epoch, epochs, lr):
-    """The schedule of both stages: epoch 1 warms up at 1e-5, epoch e >= 2 is at lr (1 + cos(pi (e - 2) / T)) / 2.
+# ---------------------------------------------------------------------------- Stage I
 
-    epoch counts from 1; T = epochs.
+def learn_anchor(prompt, targets, epochs, weight):
+    """Minimises  weight * L_theta_a  (Eq. 5) over the anchor tokens theta_a, and nothing else.
+
+    prompt: an `anchor.AnchorPrompt` of the C base classes, changed in place. targets (C, d): the means of
+    their unit description features, not renormalised. epochs: the `Epochs` to go through, whose optimizer
+    has theta_a alone. weight: the factor before the loss.
     """
-    return 1e-5 if epoch == 1 else 0.5 * lr * (1 + math.cos(math.pi * (epoch - 2) / epochs))
+    optimizer = epochs.optimizers[0]
+
+    # stage 1: anchor optimization. A step takes the descriptions of all classes at once.
+    for epoch in epochs:
+        for _ in range(epochs.steps):
+            f_anc = prompt()                                        # f_T(t_anc; theta_a), Eq. 4: (C, d)
+            loss = weight * losses.anchor_mse(f_anc, targets)       # Eq. 5, against f_T(t_d)
+            optimizer.zero_grad()
+            scaled_backward(loss, prompt.tokens)
+            optimizer.step()                                        # theta_a moves
+            epochs.step(loss=loss)
 
 
 def scaled_backward(loss, tokens):
-    """loss.backward() for tokens.grad, times 2^8 on the way: Eq. 5's gradients of many classes are too small for float16."""
+    """loss.backward() for tokens.grad, times 2^8 on the way: many classes' gradients underflow in float16."""
     (256 * loss).backward()
     tokens.grad /= 256
 
 
-def learn_anchor(prompt, targets, epochs, steps, lr, weight, variance=0.0, checkpoint=None, digest=""):
-    """Minimises  weight * L_theta_a  (Eq. 5) over the anchor tokens theta_a, and nothing else.
+def description_features(clip_model, descriptions, class_names):
+    """The frozen f_T(t_d) of Eq. 5: C tensors (D_c, d), the unit features of each class's sentences.
 
-    prompt: an `anchor.AnchorPrompt` of the C base classes, changed in place. targets (C, d): the means of their unit
-    description features, not renormalised. epochs, steps: steps a epoch; each takes all classes. lr, weight: the
-    learning rate and the factor before the loss. variance: the constant that completes the reported loss
-    (`losses.description_variance`). checkpoint: None, or a file that keeps every finished epoch; where it holds
-    some, learning goes on from there, if it was begun with the same digest (of the descriptions).
-    Returns the log: a dict per epoch (epoch, lr, loss, seconds). Raises ValueError when the loss is not
-    finite, with the tokens put back to the last good epoch.
+    Raises ValueError naming class and sentence where CLIP cannot read one.
     """
-    optimizer = torch.optim.SGD([prompt.tokens], lr=lr, momentum=0.9, weight_decay=5e-4)
-    state = {"prompt": prompt, "optimizer": optimizer, "digest": evaluation.Unchanged("descriptions", digest)}
-    log = [] if checkpoint is None else evaluation.resume(checkpoint, state, prompt.tokens.device)
-    bar = tqdm(total=epochs * steps, initial=len(log) * steps, desc="stage I ", unit="step", disable=None)
-    for epoch in range(len(log) + 1, epochs + 1):
-        evaluation.at_work_on(f"Stage I, epoch {epoch} of {epochs}")
-        start, last_good = time.perf_counter(), prompt.tokens.detach().clone()
-        optimizer.param_groups[0]["lr"] = learning_rate(epoch, epochs, lr)
-        epoch_losses = []
-        for _ in range(steps):
-            loss = losses.anchor_mse(prompt(), targets)                                         # Eq. 5
-            optimizer.zero_grad()
-            scaled_backward(weight * loss, prompt.tokens)
-            optimizer.step()
-            epoch_losses.append(loss.detach())
-        epoch_losses = torch.stack(epoch_losses).cpu()         # read once an epoch: a step waits for nobody
-        if not epoch_losses.isfinite().all():
-            prompt.tokens.data.copy_(last_good)
-            step = int((~epoch_losses.isfinite()).nonzero()[0]) + 1
-            raise ValueError(f"Stage I: the loss is not finite in epoch {epoch}, step {step}; epoch {epoch - 1} is kept; "
-                             "lower --anchor-lr or --anchor-weight")
-        log.append({"epoch": epoch, "lr": optimizer.param_groups[0]["lr"],
-                    "loss": weight * (epoch_losses.mean().item() + variance), "seconds": time.perf_counter() - start})
-        if checkpoint is not None:
-            with evaluation.written_aside(checkpoint) as aside:
-                torch.save({key: part.state_dict() for key, part in state.items()} | {"log": log}, aside)
-        bar.update(steps)
-        bar.set_postfix(loss=f"{log[-1]['loss']:.4f}")
-    bar.close()
-    return log
+    features = []
+    for name, sentences in zip(class_names, descriptions):
+        try:
+            features.append(unit(encode_sentences(clip_model, sentences)))
+        except ValueError as error:
+            raise ValueError(f"the description of {name!r}: {error}") from error
+    return features
 
 
-def description_features(clip_model, descriptions):
-    """The frozen targets of Eq. 5: a list of C tensors (D_c, d), the unit features of each class's sentences."""
-    flat = unit(encode_sentences(clip_model, [sentence for sentences in descriptions for sentence in sentences]))
-    return list(flat.split([len(sentences) for sentences in descriptions]))
-
-
-def sentences_digest(sentences):
-    """A short name for the sentences (C lists) that an anchor was learnt from."""
-    return hashlib.sha256(json.dumps(sentences).encode()).hexdigest()[:16]
-
-
-def find_or_learn_anchor(clip_model, class_names, args, settings, seed):
-    """The anchor tokens (N, d_t) of these settings and this seed: read where they are, else learnt and saved.
+def get_anchor(clip_model, class_names, args, settings, seed):
+    """The anchor tokens (N, d_t) of these settings and this seed: read where they are, else learnt.
 
     Only one process learns an anchor; others that need it wait. Raises what the files and Stage I raise.
     """
-    folder = evaluation.anchor_folder(args.output, settings, seed)
-    file, own = folder / "anchor.pt", {key: settings[key] for key in evaluation.ANCHOR_SETTINGS}
-
-    def read_sentences():
-        return data.load_descriptions(args.descriptions or data.default_descriptions(settings["dataset"]), class_names,
-                                      settings["max_descriptions"], args.aliases)
-
-    with evaluation.locked(folder, wait=True, what="the anchor"):
+    folder = anchor_folder(args.output, settings, seed)
+    file = folder / "anchor.pt"
+    with only_process(folder, wait=True, what="the anchor"):
         if file.exists():
-            (folder / "last.pt").unlink(missing_ok=True)        # of a process killed just before it did so
             tokens, saved = load_anchor(file)
             check_anchor(file, tokens, saved, settings, clip_model, class_names)
-            digest = saved.get("sentences")
-            with contextlib.suppress(OSError, ValueError):              # an anchor outlives its descriptions
-                digest = sentences_digest(read_sentences())
-            if saved.get("sentences", digest) != digest:
-                raise ValueError(f"{file} was learnt from other descriptions than the file holds now; "
-                                 f"choose another --output, or remove {folder}")
+            facts = description_facts(class_names, args, settings, must_exist=False)
+            advice = f"choose another --output, or remove {folder}"
+            check_unchanged(file, saved, facts, advice)
             print(f"anchor found: {file}", flush=True)
             return tokens
-        print(f"no anchor at {file} yet: Stage I learns it now", flush=True)
-        sentences = read_sentences()
-        features = description_features(clip_model, sentences)
-        torch.manual_seed(seed)
-        prompt = AnchorPrompt(clip_model, class_names, settings["anchor_length"], settings["preposition"], args.class_chunk)
-        steps = max(1, settings["shots"] * len(class_names) // 32)      # as if images came in batches of 32
 
-        def cosine():
-            with torch.no_grad():
-                return torch.stack([(anchor * f).sum(-1).mean() for anchor, f in zip(prompt(), features)]).mean().item()
-        before = cosine()
-        log = learn_anchor(prompt, torch.stack([f.mean(0) for f in features]), settings["anchor_epochs"], steps,
-                           settings["anchor_lr"], settings["anchor_weight"],
-                           losses.description_variance(features).item(), folder / "last.pt", sentences_digest(sentences))
-        evaluation.save_log(folder / "log.csv", log)
-        with evaluation.written_aside(file) as aside:
-            own |= {"class_names": list(class_names), "sentences": sentences_digest(sentences)}
-            save_anchor(aside, prompt.tokens, own)
+        print(f"no anchor at {file} yet: Stage I learns it now", flush=True)
+        sentences, notes = read_descriptions(class_names, args, settings)
+        for note in notes:
+            print(f"note: {note}", flush=True)
+        facts = description_facts(class_names, args, settings)
+        features = description_features(clip_model, sentences, class_names)         # f_T(t_d)
+        targets = torch.stack([f.mean(0) for f in features])                        # (C, d)
+        torch.manual_seed(seed)
+        prompt = AnchorPrompt(clip_model, class_names, settings["anchor_length"],
+                              settings["preposition"], args.class_chunk)
+        before = cosine(prompt, features)
+
+        optimizer = sgd([prompt.tokens], settings["anchor_lr"])                     # theta_a
+        steps = max(1, settings["shots"] * len(class_names) // 32)    # as if images came in batches of 32
+        epochs = Epochs("stage I ", settings["anchor_epochs"], steps, [optimizer], folder / "last.pt",
+                        {"prompt": prompt, "optimizer": optimizer}, facts,
+                        advice="lower --anchor-lr or --anchor-weight")
+        learn_anchor(prompt, targets, epochs, settings["anchor_weight"])
+
+        own = {key: settings[key] for key in ANCHOR_SETTINGS}
+        with data.written_aside(file) as aside:
+            save_anchor(aside, prompt.tokens, own | facts | {"class_names": list(class_names)})
         (folder / "last.pt").unlink(missing_ok=True)
-        print(f"Stage I done: cosine of anchor prompts and descriptions {before:.3f} -> {cosine():.3f}; {file}", flush=True)
+        print(f"Stage I done: cosine of anchor prompts and descriptions {before:.3f} -> "
+              f"{cosine(prompt, features):.3f}; {file}", flush=True)
         return prompt.tokens.detach()
 
 
+@torch.no_grad()
+def cosine(prompt, features):
+    """Mean cosine between the anchor prompts and their classes' description features."""
+    per_class = [(f_anc * f_des).sum(-1).mean() for f_anc, f_des in zip(prompt(), features)]
+    return torch.stack(per_class).mean().item()
+
+
+def read_descriptions(class_names, args, settings):
+    """The sentences of each class (C lists), from --descriptions or the file that comes with the project.
+
+    Returns them and notes on how they were read.
+    """
+    path, notes = args.descriptions or data.default_descriptions(settings["dataset"]), []
+    sentences = data.load_descriptions(path, class_names, settings["max_descriptions"], args.aliases, notes)
+    return sentences, notes
+
+
+def description_facts(class_names, args, settings, must_exist=True):
+    """A digest of the sentences, for `check_unchanged`: an anchor may outlive its description file."""
+    try:
+        sentences, _ = read_descriptions(class_names, args, settings)
+    except (OSError, ValueError):
+        if must_exist:
+            raise
+        return {}
+    return {"descriptions' sentences": data.digest(sentences)}
+
+
 def check_anchor(file, tokens, saved, settings, clip_model, class_names=None):
-    """Raises ValueError where an anchor file does not fit what is asked for: says both values and what to do."""
-    command = (f"make the right one with: python stage1.py --dataset {settings['dataset']} --clip CLIP "
-               f"--anchor-length {settings['anchor_length']} --preposition {settings['preposition']}")
-    width = clip_model.token_embedding.weight.shape[1]
-    facts = [("token width", tokens.shape[1], width), ("anchor length", len(tokens), settings["anchor_length"])]
-    facts += [(key.replace("_", " "), saved[key], settings[key]) for key in ("preposition", "clip") if key in saved]
-    if class_names is not None and "class_names" in saved:
-        learnt_on = saved["class_names"] if isinstance(saved["class_names"], list) else []
-        if learnt_on != list(class_names):
-            raise ValueError(f"{file} was learnt on {len(learnt_on)} classes, not on these {len(class_names)}; {command}")
-    for what, found, wanted in facts:
-        if found != wanted:
-            raise ValueError(f"{file} has {what} {found}, asked for is {wanted}; {command}")
-
-
-def add_arguments(parser):
-    """The options that Stage I and Stage II share. None stands for the default of the dataset's row."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="toy", help=f"one of {', '.join(data.DATASETS)} (default: toy)")
-    group.add_argument("--root", help="folder that holds the datasets (default: the environment's DATA, else ./data)")
-    group.add_argument("--shots", type=int, help="training images a class (default: 16)")
-    group.add_argument("--classes", choices=("base", "all"), help="classes to learn on (default: base)")
-    group.add_argument("--seeds", type=int, nargs="+", default=[1], help="one run each (default: 1)")
-    group.add_argument("--descriptions", help="JSON file, class -> sentences (default: assets/descriptions/DATASET.json)")
-    group.add_argument("--aliases", help="JSON file, class -> its key in the description file (default: none)")
-    group.add_argument("--max-descriptions", type=int, help="sentences a class, the first in the file (default: 10)")
-    group = parser.add_argument_group("anchor, Stage I")
-    group.add_argument("--anchor-length", type=int, help="N anchor tokens, Tab. 7 (default: 1)")
-    group.add_argument("--preposition", help="of, with, at, sun, sea, any word, or none: Tabs. 6 and S2 (default: of)")
-    group.add_argument("--anchor-epochs", type=int, help="length of Stage I (default: the dataset's row)")
-    group.add_argument("--anchor-lr", type=float, help="learning rate of Stage I (default: 0.002)")
-    group.add_argument("--anchor-weight", type=float, help="factor before Eq. 5 (default: the dataset's row)")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--clip", help="CLIP's name or a checkpoint (default: ViT-B/16; the toy CLIP for --dataset toy)")
-    group.add_argument("--device", default=evaluation.default_device(), help="cpu, cuda, cuda:1, mps (default: %(default)s)")
-    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
-                       help="of the frozen CLIP (default: float16 on CUDA, else float32)")
-    group.add_argument("--class-chunk", type=int, default=0,
-                       help="encode this many classes at a time and recompute them backward, to save memory (default: 0, all)")
-    group.add_argument("--output", default="output", help="folder that all runs are written to (default: output)")
-
-
-def use_threads(settings):
-    if settings["clip"] == "toy":                  # its layers are so small that a second thread costs more than it brings
-        torch.set_num_threads(1)
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--nearest", type=int, default=0, metavar="K",
-                        help="print the K vocabulary words nearest to each anchor token, S4 (default: 0)")
-    args = parser.parse_args(argv)
-    return evaluation.run_script("stage1.py", lambda: run(args), args.device)
+    """Raises ValueError where an anchor file does not fit what is asked for: says both values."""
+    facts = [("anchor length", len(tokens), settings["anchor_length"])]
+    for key in ("preposition", "clip"):
+        if key in saved:
+            facts.append((key, saved[key], settings[key]))
+    wrong = [f"has {what} {found}, asked for is {wanted}" for what, found, wanted in facts
+             if found != wanted]
+    if class_names is not None and "class_names" in saved and saved["class_names"] != list(class_names):
+        wrong.append("was learnt on other classes")
+    try:
+        check_width(clip_model, tokens)
+    except ValueError as error:
+        wrong.append(f"does not fit: {error}")
+    if wrong:
+        raise ValueError(f"{file} {'; '.join(wrong)}; make the right one with: python stage1.py "
+                         f"--dataset {settings['dataset']} --anchor-length {settings['anchor_length']} "
+                         f"--preposition {settings['preposition']}, and the --clip of this run")
 
 
 def run(args):
     dataset = data.load_dataset(args.dataset, args.root)
     if not dataset.train:
-        raise ValueError(f"{args.dataset} is for testing alone; learn the anchor on another dataset, e.g. imagenet")
-    settings = evaluation.resolve(args, evaluation.default_settings(args.dataset, "coop", "anchoropt"))
+        raise ValueError(f"{args.dataset} is for testing alone; learn the anchor on another dataset, "
+                         "e.g. imagenet")
+    settings = resolve(args, default_settings(dataset.name, "coop", "anchoropt", args.classes))
+    task = data.few_shot_task(dataset, settings["classes"], settings["shots"])
     for note in dataset.notes:
         print(f"note: {note}")
-    use_threads(settings)
-    labels = data.split_base_novel(dataset.class_names)[0] if settings["classes"] == "base" else range(len(dataset.class_names))
-    evaluation.check_output(args.output)
-    clip_model = load_clip(args.clip or settings["clip"], args.device, args.dtype and getattr(torch, args.dtype))
+    clip_model = load_clip_for(settings, args)
     for seed in args.seeds:
-        tokens = find_or_learn_anchor(clip_model, [dataset.class_names[label] for label in labels], args, settings, seed)
+        tokens = get_anchor(clip_model, task.base_names, args, settings, seed)
         if args.nearest:
-            print("nearest vocabulary words (Euclidean distance); they make no sense to a person, as the paper finds (S4):")
+            print("nearest vocabulary words (Euclidean distance); they make no sense to a person, "
+                  "as the paper finds (S4):")
             for i, words in enumerate(nearest_words(tokens, clip_model, args.nearest)):
-                print(f"  [Anc_{i + 1}]  " + "  ".join(f"{word} {distance:.2f}" for word, distance in words))
+                listed = "  ".join(f"{word} {distance:.2f}" for word, distance in words)
+                print(f"  [Anc_{i + 1}]  {listed}")
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_options(parser)
+    add_anchor_options(parser)
+    add_machine_options(parser)
+    parser.add_argument("--nearest", type=at_least(0), default=0, metavar="K",
+                        help="print the K vocabulary words nearest to each anchor token, S4 (default: 0)")
+    return run_script("stage1.py", run, parser.parse_args(argv))
+
+
+# ============================================================================ what every run shares
+# ---------------------------------------------------------------------------- the loop over epochs
+
+def learning_rate(epoch, epochs, lr):
+    """The schedule of both stages: epoch 1 at 1e-5, epoch e >= 2 at lr (1 + cos(pi (e - 2) / T)) / 2.
+
+    epoch counts from 1; T = epochs.
+    """
+    if epoch == 1:
+        return 1e-5
+    return 0.5 * lr * (1 + math.cos(math.pi * (epoch - 2) / epochs))
+
+
+def sgd(parameters, lr):
+    """The optimizer of both stages (S2.2)."""
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=5e-4)
+
+
+class Epochs:
+    """The epochs of a stage: `for epoch in epochs`, and `epochs.step(loss=...)` behind every step.
+
+    What both loops need beside the method: the schedule, the progress bar, a loss that is not finite,
+    keeping every finished epoch, and going on from it with the same figures.
+
+    title, epochs, steps: of the bar, and how many. optimizers: their learning rates follow the schedule.
+    path: the file that keeps the finished epochs, log.csv beside it; or None. parts: name -> what has a
+    state_dict and is kept. facts: name -> digest; a file that was begun with others is refused.
+    advice: what to do about a loss that is not finite.
+    `log`: a dict per epoch. Raises ValueError for such a loss, or a file that cannot be gone on from.
+    """
+
+    def __init__(self, title, epochs, steps, optimizers, path=None, parts=None, facts=None, advice=""):
+        self.title = title
+        self.epochs = epochs
+        self.steps = steps
+        self.optimizers = optimizers
+        self.lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        self.path = path
+        self.parts = parts or {}
+        self.facts = facts or {}
+        self.advice = advice
+        self.log = []
+        if path is not None and path.is_file():
+            self._go_on()
+
+    def __iter__(self):
+        done = len(self.log)
+        self.bar = tqdm(total=self.epochs * self.steps, initial=done * self.steps, desc=self.title,
+                        unit="step", disable=None)
+        for epoch in range(done + 1, self.epochs + 1):
+            for optimizer, lr in zip(self.optimizers, self.lrs):
+                optimizer.param_groups[0]["lr"] = learning_rate(epoch, self.epochs, lr)
+            self.terms = []
+            start = time.perf_counter()
+            yield epoch
+            self._finish(epoch, time.perf_counter() - start)
+        self.bar.close()
+
+    def step(self, **terms):
+        """Notes the losses of a step. They stay on the device: a step waits for nobody."""
+        self.names = list(terms)
+        self.terms.append(torch.stack([term.detach() for term in terms.values()]))
+        self.bar.update()
+
+    def _finish(self, epoch, seconds):
+        terms = torch.stack(self.terms).cpu()                                   # (steps, number of terms)
+        wrong = ~terms.isfinite().all(1)
+        if wrong.any():
+            raise ValueError(f"{self.title.strip()}: the loss is not finite in epoch {epoch}, step "
+                             f"{int(wrong.nonzero()[0]) + 1}; epoch {epoch - 1} is kept; {self.advice}")
+        means = {name: float(f"{mean:.6g}") for name, mean in zip(self.names, terms.mean(0).tolist())}
+        lr = self.optimizers[0].param_groups[0]["lr"]
+        self.log.append({"epoch": epoch, "lr": lr, **means, "seconds": round(seconds, 3)})
+        self.bar.set_postfix(epoch=epoch, **means)
+        if self.path is not None:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            with data.written_aside(self.path) as aside:
+                torch.save(state | {"log": self.log, "facts": self.facts}, aside)
+            save_csv(self.path.with_name("log.csv"), self.log)
+
+    def _go_on(self):
+        again = f"to begin anew: --overwrite, or remove {self.path}"
+        try:
+            saved = read_as_data(self.path)
+            facts, log = saved["facts"], list(saved["log"])
+            if [row["epoch"] for row in log] != list(range(1, len(log) + 1)):
+                raise ValueError("epochs are missing")
+        except (PermissionError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path}, which keeps the finished epochs, is damaged ({error}); "
+                             f"{again}") from error
+        check_unchanged(self.path, facts, self.facts, again)
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(f"{self.path} is of another run ({reason}); {again}") from error
+        self.log = log
+        save_csv(self.path.with_name("log.csv"), log)       # a process may have died between the two files
+        print(f"{self.title.strip()}: going on after epoch {len(log)}", flush=True)
+
+
+def check_unchanged(path, saved, now, advice):
+    """Raises ValueError where the digests `now` are not those that a file was made with."""
+    changed = [name for name, value in now.items() if saved.get(name) != value]
+    if changed:
+        raise ValueError(f"{path} was made with other {' and '.join(changed)} than there are now; {advice}")
+
+
+def save_csv(path, rows):
+    """Rows (dicts with the same keys) as CSV."""
+    with data.written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# ---------------------------------------------------------------------------- settings
+
+SETTINGS_FILE = pathlib.Path(data.ASSETS) / "settings.csv"
+CLIP_SETTINGS = ("clip", "activation", "vision_heads", "text_heads", "dtype")
+ANCHOR_SETTINGS = (*CLIP_SETTINGS, "classes", "shots", "anchor_length", "preposition", "anchor_epochs",
+                   "anchor_lr", "anchor_weight", "descriptions", "max_descriptions")
+
+
+def number(text):
+    """The settings table's text -> int, float or str."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+@functools.cache
+def settings_rows():
+    with open(SETTINGS_FILE, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+CELL = ("baseline", "template", "dataset", "classes")       # what a row of assets/settings.csv is for
+
+
+def default_settings(dataset, baseline, template, classes=None, one_stage=False):
+    """The settings of one dataset x baseline x template cell: assets/settings.csv, then what holds for all.
+
+    classes: "base" (default) or "all", for Tables 2 and 4. Rows of the table apply from top to bottom; `*`
+    matches anything and an empty field leaves a setting as it is. A dataset that the table does not know
+    gets, for what only datasets' rows have, the value that most of the eleven share.
+    Returns a dict of the settings that matter for this cell.
+    """
+    settings = {"dataset": dataset, "baseline": baseline, "template": template, "shots": 16,
+                "classes": classes or "base", "clip": "ViT-B/16"}
+    settings |= dict.fromkeys(("activation", "vision_heads", "text_heads", "dtype"), "default")
+    if dataset == "toy":
+        settings["clip"] = "toy"
+    if baseline == "clip":
+        prompt = data.DATASETS[dataset].prompt if dataset in data.DATASETS else data.PHOTO
+        return settings | {"template": "plain", "prompt": prompt, "epochs": 0}
+
+    for row in settings_rows():
+        if all(row[key] in ("*", settings[key]) for key in CELL):
+            settings |= {key: number(value) for key, value in row.items()
+                         if value and key not in (*CELL, "source")}
+    if template == "atprompt":
+        settings["attributes"] = settings.get("attributes", "").split()
+    if template == "anchoropt":
+        settings |= {"arrangement": "adaptive", "tau": 1.0, "test_position": "argmax", "feature_at": "eot",
+                     "anchor_length": 1, "preposition": "of", "descriptions": "default",
+                     "one_stage": one_stage, "anchor": "learnt"}
+    if dataset not in data.DATASETS:
+        settings |= shared_settings(settings, one_stage)
+
+    # What has no meaning for this cell goes.
+    unused = []
+    if template != "anchoropt":
+        unused += ["lambda_2", "temperature"]
+    if one_stage:                                           # nothing is distilled (Sec. 3.2.4)
+        unused += ["lambda_2", "temperature", "anchor_epochs", "anchor"]
+    if baseline != "dept":
+        unused.append("w_cat")
+    if baseline != "maple":
+        unused.append("depth")
+    return {key: value for key, value in settings.items() if key not in unused}
+
+
+def shared_settings(settings, one_stage):
+    """For a dataset of one's own: what the `*` rows leave open, as most of the eleven datasets have it."""
+    others = [default_settings(name, settings["baseline"], settings["template"], one_stage=one_stage)
+              for name in ELEVEN]
+    missing = [key for key in others[0] if settings.get(key, []) == [] and key != "classes"]
+    shared = {}
+    for key in missing:
+        values = [repr(other[key]) for other in others if key in other]
+        common = collections.Counter(values).most_common(1)[0][0]
+        shared[key] = next(other[key] for other in others if repr(other.get(key)) == common)
+    return shared
+
+
+VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+ELEVEN = tuple(name for name in data.DATASETS if name not in (*VARIANTS, "toy"))
+
+# The options that are settings of a run: they are saved with it, and its folder is named after them.
+OPTIONS = {"shots", "classes", "clip", "activation", "vision_heads", "text_heads", "dtype", "soft_tokens",
+           "attributes", "epochs", "batch_size", "lr", "lambda_1", "lambda_2", "temperature", "w_cat",
+           "depth", "arrangement", "tau", "test_position", "feature_at", "anchor", "anchor_length",
+           "preposition", "anchor_epochs", "anchor_lr", "anchor_weight", "descriptions",
+           "max_descriptions"}
+OF_STAGE_1 = ("anchor_epochs", "anchor_lr", "anchor_weight", "descriptions", "max_descriptions")
+
+
+def resolve(args, defaults):
+    """The settings of a run: the defaults, and every option that was given on the command line.
+
+    args: an argparse namespace in which None stands for "not given". Raises ValueError for an option that
+    has no meaning here, FileNotFoundError for a file that is not there.
+    """
+    settings = dict(defaults)
+    cell = cell_name(defaults)
+    if defaults.get("one_stage"):
+        cell += " with --one-stage"
+    for key in sorted(OPTIONS):
+        value = getattr(args, key, None)
+        if value is None:
+            continue
+        option = "--" + key.replace("_", "-")
+        if key not in defaults:
+            raise ValueError(f"{option} has no meaning for {cell}")
+        if getattr(args, "anchor", None) and key in OF_STAGE_1:
+            raise ValueError(f"{option} has no meaning with --anchor, which brings an anchor learnt already")
+        if key in ("descriptions", "anchor") and not os.path.isfile(value):
+            raise FileNotFoundError(f"{option} {value} does not exist")
+        if key in ("clip", "descriptions", "anchor"):
+            value = clip_identity(value)                    # a name by content: files move
+        settings[key] = value
+    return settings
+
+
+def cell_name(settings):
+    """`coop-anchoropt`; `clip` for zero-shot CLIP."""
+    if settings["baseline"] == "clip":
+        return "clip"
+    return f"{settings['baseline']}-{settings['template']}"
+
+
+# ---------------------------------------------------------------------------- folders
+
+def folder_name(kind, settings, defaults):
+    """`coop-anchoropt,epochs=1,tau=0.5`: every setting that differs from its default, sorted by name.
+
+    No two settings share a name: values are %-escaped as in a URL, and what would be too long for a file
+    system ends in a digest of the whole.
+    """
+    parts = [kind]
+    for key in sorted(settings):
+        if settings[key] != defaults.get(key):
+            values = settings[key] if isinstance(settings[key], list) else [settings[key]]
+            text = "+".join(urllib.parse.quote(str(value), safe="") for value in values)
+            parts.append(f"{key}={text}")
+    name = ",".join(parts)
+    if len(name) > 200:
+        name = f"{name[:180]},{data.digest(name)}"
+    return name
+
+
+def run_folder(output, settings, seed):
+    """Where a run of stage2.py lives: output/<dataset>/<baseline>-<template>[,changed settings]/seed<k>."""
+    defaults = default_settings(settings["dataset"], settings["baseline"], settings["template"],
+                                settings["classes"], settings.get("one_stage", False))
+    defaults["classes"] = "base"                            # these two are always said in the name
+    if "one_stage" in defaults:
+        defaults["one_stage"] = False
+    name = folder_name(cell_name(settings), settings, defaults)
+    return pathlib.Path(output) / settings["dataset"] / name / f"seed{seed}"
+
+
+def anchor_folder(output, settings, seed):
+    """Where the anchor of a run lives: output/<dataset>/anchor[,changed settings]/seed<k>."""
+    defaults = default_settings(settings["dataset"], "coop", "anchoropt", settings["classes"])
+    defaults["classes"] = "base"
+    own = {key: settings[key] for key in ANCHOR_SETTINGS}   # two runs share it where these are equal
+    return pathlib.Path(output) / settings["dataset"] / folder_name("anchor", own, defaults) / f"seed{seed}"
+
+
+@contextlib.contextmanager
+def only_process(folder, wait, what):
+    """Holds a folder for this process alone, as long as the process lives.
+
+    wait: another process that holds it is waited for; else BlockingIOError says that it is at work. Raises
+    OSError where the folder cannot be written to: before anything is learnt.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            if not wait:
+                raise BlockingIOError(f"another process is at work on {what} in {folder}; wait for it, or "
+                                      "choose another --output") from None
+            print(f"{what}: waiting for the process that is at work on it in {folder}", flush=True)
+            lock.acquire()
+    except BlockingIOError:
+        raise
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write to {folder} ({reason}); mend that, or choose another --output") from error
+    try:
+        for litter in folder.glob(".*.part*"):              # of processes that were killed while they wrote
+            litter.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+# ---------------------------------------------------------------------------- CLIP
+
+def load_clip_for(settings, args):
+    """The CLIP of a run: its settings say what it is, --clip where it lies, --device where it goes."""
+    if settings["clip"] == "toy":       # its layers are so small that a second thread costs more than it brings
+        torch.set_num_threads(1)
+    own = {key: None if settings[key] == "default" else settings[key] for key in CLIP_SETTINGS}
+    dtype = own["dtype"] and getattr(torch, own["dtype"])
+    clip_model = load_clip(args.clip or settings["clip"], args.device, dtype, own["activation"],
+                           own["vision_heads"], own["text_heads"])
+    for note in clip_model.notes:
+        print(f"note: {note}; say otherwise with --activation, --vision-heads, --text-heads", flush=True)
+    return clip_model
+
+
+def kept_features(clip_model, settings, images, cache):
+    """Where the frozen CLIP's features of these images are kept (--feature-cache), or None."""
+    if not cache:
+        return None
+    what = [settings[key] for key in CLIP_SETTINGS] + [str(clip_model.dtype)]
+    return data.KeptFeatures(cache, what, images)
+
+
+# ---------------------------------------------------------------------------- options and errors
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with an error in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
+
+
+def at_least(least):
+    """An argparse type: whole numbers from `least` on."""
+    def whole_number(text):
+        value = int(text)
+        if not least <= value < 2 ** 31:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^31, not {text}")
+        return value
+    return whole_number
+
+
+def positive(text):
+    """An argparse type: finite numbers above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
+    return value
+
+
+def not_negative(text):
+    """An argparse type: finite numbers from 0 on."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or a positive number, not {text}")
+    return value
+
+
+# None stands for the default of the dataset's row.
+
+def add_data_options(parser):
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="toy", metavar="NAME",
+                       help=f"one of {', '.join(data.DATASETS)}; or the folder of a dataset of your own "
+                            "(default: toy)")
+    group.add_argument("--root", help="folder that holds the datasets (default: the environment's DATA, "
+                                      "else ./data)")
+    group.add_argument("--shots", type=at_least(1), help="training images a class (default: 16)")
+    group.add_argument("--classes", choices=("base", "all"), help="classes to learn on (default: base)")
+    group.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], help="one run each (default: 1)")
+
+
+def add_anchor_options(parser):
+    group = parser.add_argument_group("anchor, Stage I")
+    group.add_argument("--descriptions", metavar="FILE",
+                       help="JSON, class -> sentences (default: assets/descriptions/DATASET.json)")
+    group.add_argument("--aliases", metavar="FILE",
+                       help="JSON, class -> its key in the description file (default: none)")
+    group.add_argument("--max-descriptions", type=at_least(1),
+                       help="sentences a class, the first in the file (default: 10; imagenet 5)")
+    group.add_argument("--anchor-length", type=at_least(1), help="N anchor tokens, Tab. 7 (default: 1)")
+    group.add_argument("--preposition",
+                       help="of, with, at, sun, sea, any word, or none: Tabs. 6 and S2 (default: of)")
+    group.add_argument("--anchor-epochs", type=at_least(0), help="length of Stage I (default: the dataset's)")
+    group.add_argument("--anchor-lr", type=positive, help="learning rate of Stage I (default: 0.002)")
+    group.add_argument("--anchor-weight", type=not_negative,
+                       help="factor before Eq. 5 (default: the dataset's)")
+
+
+def add_clip_options(group):
+    group.add_argument("--clip", metavar="NAME_OR_FILE",
+                       help="CLIP's name, or a checkpoint: OpenAI's, OpenCLIP's or HuggingFace's (default: "
+                            "ViT-B/16; the toy CLIP for --dataset toy)")
+    group.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                       help="of the frozen CLIP (default: float16 on CUDA, else float32)")
+    group.add_argument("--class-chunk", type=at_least(0), default=0,
+                       help="encode this many classes at a time, to save memory (default: 0, all)")
+
+
+def add_machine_options(parser):
+    group = parser.add_argument_group("machine")
+    add_clip_options(group)
+    group.add_argument("--activation", choices=("quickgelu", "gelu"),
+                       help="of a CLIP from a file; most of OpenCLIP's have gelu (default: quickgelu)")
+    group.add_argument("--vision-heads", type=at_least(1),
+                       help="attention heads of a CLIP from a file, image tower (default: width / 64)")
+    group.add_argument("--text-heads", type=at_least(1), help="the same, text tower (default: width / 64)")
+    group.add_argument("--output", default="output", metavar="DIR",
+                       help="folder that all runs are written to (default: output)")
+
+
+def add_image_options(group):
+    group.add_argument("--workers", type=at_least(0),
+                       help="processes that load images (default: 8 or fewer on a GPU, else 0)")
+    group.add_argument("--test-batch", type=at_least(1),
+                       help="test images at a time where prompts depend on them (default: 100; maple 200)")
+    group.add_argument("--feature-cache", metavar="DIR",
+                       help="keep the frozen CLIP's image features here for other runs (default: nowhere)")
+
+
+def default_device():
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_workers(args):
+    if args.device.startswith("cuda"):
+        return min(8, os.cpu_count() or 1)
+    return 0
+
+
+def run_script(name, run, args):
+    """Runs a script's body; what a user can mend ends in one line on stderr. Returns the exit code."""
+    try:
+        run(args)
+        return 0
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; finished epochs are kept, the same command goes on from there",
+              file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        print(f"{name}: out of memory ({str(error).split('.')[0]}); lower --test-batch or --batch-size, or "
+              "set --class-chunk 100", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,156 +1,127 @@
-"""Stage II, adaptation (Sec. 3.2.2, Fig. 2b, the second loop of Algorithm 1), and the one-stage variant (Sec. 3.2.4).
+"""Stage II, adaptation (Sec. 3.2.2, Fig. 2b, the second loop of Algorithm 1); one-stage training (3.2.4).
 
-    python stage2.py                                                      the toy world: minutes on a CPU
+    python stage2.py                                                      the toy world: half a minute
     python stage2.py --dataset caltech101 --baseline coop --root $DATA    a cell of Table 1
     python stage2.py --baseline maple --template atprompt --seeds 1 2 3
 
-Freezes the anchor of Stage I (and runs Stage I first where it is missing), learns soft tokens and position matrix on
-the base classes, and evaluates on base and novel test images. Prints Table S1's rows; writes prompt.pt (what
-was learnt, with its settings), results.json and log.csv to output/<dataset>/<baseline>-<template>/seed<k>/.
+Freezes the anchor of Stage I (and runs Stage I first where it is missing), learns soft tokens and position
+matrix on the base classes, and evaluates on base and novel test images. Prints Table S1's rows; writes
+prompt.pt (what was learnt, with its settings), results.json and log.csv to
+output/<dataset>/<baseline>-<template>/seed<k>/.
 """
 
 import argparse
-import collections
 import functools
-import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
 
-import torch
-from tqdm import tqdm
-
 import data
-import eval as evaluation
 import losses
-import stage1
-from anchor import AnchorPrompt, load_anchor
+import stage1                           # first of the modules that need clip: it says what is missing
+import eval as evaluation
+import numpy
+import PIL
+import torch
+import torchvision
+from anchor import AnchorPrompt, anchor_features, load_anchor
 from position import hard_assignment, plot_position_matrix
-from prompts import BASELINES, TEMPLATES, build_learner, clip, encode_image, load_clip
-
-ENCODE_BATCH = 256                 # images that are loaded, and go to the frozen CLIP, at a time
+from prompts import BASELINES, TEMPLATES, build_learner, clip, encode_image
 
 
-def step_losses(learner, settings, f, x, y, anchor_features=None):
-    """The forward half of a step: Eq. 12 and its two terms, of one batch. Returns (total, ce, kl), three scalars.
+# ---------------------------------------------------------------------------- the method
 
-    f (B, d): the frozen CLIP's image features, None where neither baseline nor loss needs them; x (B, 3, R, R): the images,
-    which only MaPLe reads; y (B,): labels; anchor_features (C, d): unit features of the frozen anchor prompts, or None: no
-    distillation.
+def adapt(learner, optimizer, batches, settings, f_anc=None, anchor_step=None):
+    """One epoch of Stage II: minimises Eq. 12 over theta_s, theta_pos and what the baseline learns beside.
+
+    learner: from `prompts.build_learner`, on the base classes. optimizer: of the learner's parameters.
+    batches: of f (B, d), the frozen CLIP's image features, None where nobody needs them; x (B, 3, R, R),
+    the images, None but for MaPLe; y (B,), the labels. f_anc (C, d): unit features of the frozen anchor
+    prompts, or None: no distillation. anchor_step: what one-stage training does first, or None.
+    Yields, after each step, its three losses: total, ce, kl.
     """
-    u = learner.image_features(f, x)
-    v = learner.text_features(u)                                # f_T(t_norm): one sample of W
-    l_norm = learner.logits(u, v)
-    ce = losses.cross_entropy(l_norm, y)                                                         # Eq. 10
-    if settings["baseline"] == "dept":
-        ce_cat = losses.cross_entropy(*learner.head_logits(u, v, y))
-        ce = (1 - settings["w_cat"]) * ce + settings["w_cat"] * ce_cat
-    kl = torch.zeros_like(ce)
-    if anchor_features is not None:
-        l_anc = learner.logits(f, anchor_features)
-        l_ens = losses.ensemble_logits(l_norm, l_anc)                                            # q_ens
-        kl = losses.distillation_kl(l_norm, l_ens, settings["temperature"])                      # Eq. 11
-    return losses.total_loss(ce, kl, settings["lambda_1"], settings.get("lambda_2", 0)), ce, kl          # Eq. 12
+    lambda_1, lambda_2 = settings["lambda_1"], settings.get("lambda_2", 0)
+
+    # stage 2: adaptation
+    for f, x, y in batches:
+        if anchor_step is not None:
+            anchor_step()                                           # theta_a, by Eq. 5 (one stage alone)
+
+        f_img = learner.image_features(f, x)                        # f_I(x): f itself, but for MaPLe
+        f_norm = learner.text_features(f_img)                       # f_T(t_norm), Eqs. 8-9: one sample of W
+        l_norm = learner.logits(f_img, f_norm)                      # q_norm, Eq. 1: (B, C)
+        ce = losses.cross_entropy(l_norm, y)                        # Eq. 10
+        ce = learner.own_loss(ce, f_img, f_norm, y)                 # DePT adds its base-class head
+        kl = torch.zeros_like(ce)
+        if f_anc is not None:
+            l_anc = learner.logits(f, f_anc)                        # q_anc, Eq. 1
+            l_ens = losses.ensemble_logits(l_norm, l_anc)           # q_ens
+            kl = losses.distillation_kl(l_norm, l_ens, settings["temperature"])     # Eq. 11
+        loss = losses.total_loss(ce, kl, lambda_1, lambda_2)        # Eq. 12
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()                                            # theta_s and theta_pos move
+        yield loss, ce, kl
 
 
-def train(learner, images, settings, seed, checkpoint, anchor_features=None, anchor_step=None, workers=0):
-    """Minimises Eq. 12 over what the learner learns. The loop of Stage II.
+def train(learner, epochs, features, labels, settings, seed, f_anc=None, anchor_step=None):
+    """Stage II: `adapt`, epoch after epoch. All chance in an epoch comes from (seed, epoch).
 
-    learner: from `prompts.build_learner`, on the base classes, changed in place. images: (items, decoded) of the
-    few-shot set. settings: see `eval.default_settings`. checkpoint: a file that keeps every finished epoch; where it
-    holds some, training goes on from there, to the same figures: all chance in an epoch comes from (seed, epoch).
-    anchor_features (C, d): of the frozen anchor prompts, or None. anchor_step: one-stage training's first half of a
-    step (see `OneStage`), or None. workers: processes that load images.
-    Returns the log: a dict per epoch. Raises ValueError when a loss is not finite; the last good epoch is kept.
+    epochs: the `stage1.Epochs` to go through. features: a `data.EpochFeatures` of the n few-shot images.
+    labels (n,): theirs, on CLIP's device. The rest as in `adapt`.
     """
-    clip_model, device = learner.clip_model, learner.clip_model.logit_scale.device
-    (items, decoded), batch_size = images, settings["batch_size"]
-    transform = data.train_transform(clip_model.visual.input_resolution)
-    chunk = max(1, ENCODE_BATCH // batch_size) * batch_size
-    optimizer = torch.optim.SGD(learner.parameters(), lr=settings["lr"], momentum=0.9, weight_decay=5e-4)
-    state = {"learner": learner, "optimizer": optimizer}
-    if anchor_step:
-        state["anchor_step"] = anchor_step
-    elif anchor_features is not None:
-        anchor = learner.template.anchor_tokens.cpu().numpy().tobytes()
-        state["anchor"] = evaluation.Unchanged("anchor tokens", hashlib.sha256(anchor).hexdigest())
-    if not settings.get("lambda_2"):
-        anchor_features = None                                  # nothing is distilled (Tab. 9)
-    needs_features = settings["baseline"] != "maple" or anchor_features is not None
-    log = evaluation.resume(checkpoint, state, device)
-    if log:
-        evaluation.save_log(checkpoint.with_name("log.csv"), log)       # a process may have died between the two files
-        print(f"going on after epoch {len(log)}", flush=True)
-
-    epochs, n_steps = settings["epochs"], max(1, len(items) // batch_size)
-    bar = tqdm(total=epochs * n_steps, initial=len(log) * n_steps, desc="stage II", unit="step", disable=None)
+    n, batch_size = len(labels), settings["batch_size"]
+    used = min(n, epochs.steps * batch_size)                        # the last partial batch is dropped
     learner.train()
-    for epoch in range(len(log) + 1, epochs + 1):
-        evaluation.at_work_on(f"Stage II, epoch {epoch} of {epochs}")
-        start = time.perf_counter()
-        lr = optimizer.param_groups[0]["lr"] = stage1.learning_rate(epoch, epochs, settings["lr"])
-        torch.manual_seed(1_000_003 * seed + epoch)             # this epoch's order and Gumbel noise
-        order = torch.randperm(len(items))
-        if len(items) > batch_size:
-            order = order[:n_steps * batch_size]                # the last partial batch is dropped
-        terms = []                                              # stay on the device: a step waits for nobody
-        for x_chunk, y_chunk in data.batches(data.Images(items, transform, (seed, epoch), decoded), order, chunk, workers):
-            x_chunk, y_chunk = x_chunk.to(device, non_blocking=True), y_chunk.to(device, non_blocking=True)
-            if needs_features:                                  # the frozen image tower, in large batches (exact)
-                with torch.no_grad():
-                    f_chunk = encode_image(clip_model, x_chunk).float()
-            for at in range(0, len(y_chunk), batch_size):
-                x, y = x_chunk[at:at + batch_size], y_chunk[at:at + batch_size]
-                f = f_chunk[at:at + batch_size] if needs_features else None
-                if anchor_step:
-                    anchor_step(lr / settings["lr"])            # one-stage: theta_a first, by Eq. 5
-                loss, ce, kl = step_losses(learner, settings, f, x, y, anchor_features)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                terms.append(torch.stack([loss.detach(), ce.detach(), kl.detach()]))
-            bar.update(len(y_chunk) // batch_size or 1)
-        terms = torch.stack(terms).cpu()                                                          # (steps, 3)
-        if not terms.isfinite().all():
-            step = int((~terms.isfinite()).any(1).nonzero()[0]) + 1
-            raise ValueError(f"Stage II: the loss is not finite in epoch {epoch}, step {step}; epoch {epoch - 1} is kept in "
-                             f"{checkpoint}; lower --lr, --lambda-1 or --lambda-2")
-        mean = [f"{value:.6g}" for value in terms.mean(0).tolist()]
-        log.append(dict(zip(("epoch", "lr", "loss", "ce", "kl", "seconds"),
-                            (epoch, lr, *map(float, mean), round(time.perf_counter() - start, 3)))))
-        with evaluation.written_aside(checkpoint) as aside:
-            torch.save({key: part.state_dict() for key, part in state.items()} | {"log": log}, aside)
-        evaluation.save_log(checkpoint.with_name("log.csv"), log)
-        bar.set_postfix(epoch=epoch, loss=mean[0], ce=mean[1], kl=mean[2])
-    bar.close()
-    return log
+    for epoch in epochs:
+        f, crops = features[epoch]                                  # of this epoch's crops: (n, d)
+        torch.manual_seed(1_000_003 * seed + epoch)                 # this epoch's order and Gumbel noise
+        order = torch.randperm(n)[:used]
+        batches = batches_of(order.split(batch_size), f, crops, labels)
+        for loss, ce, kl in adapt(learner, epochs.optimizers[0], batches, settings, f_anc, anchor_step):
+            epochs.step(loss=loss, ce=ce, kl=kl)
+
+
+def batches_of(indices, f, crops, labels):
+    """The batches of `adapt`: what stands at each of these indices."""
+    device = labels.device
+    for batch in indices:
+        x = None
+        if crops is not None:
+            x = data.normalize(crops[batch].to(device, non_blocking=True))
+        batch = batch.to(device)
+        yield f[batch] if f is not None else None, x, labels[batch]
 
 
 class OneStage:
-    """One-stage training (Sec. 3.2.4, S1): the first half of every step, which updates the anchor by Eq. 5 alone.
+    """One-stage training (Sec. 3.2.4, S1): the first half of every step, which updates theta_a by Eq. 5.
 
-    prompt: the `AnchorPrompt` of the base classes; targets (C, d): as in `stage1.learn_anchor`; learner: its frozen copy of the
-    anchor follows. The second half (soft tokens and W by Eq. 10, anchor frozen) is the loop of `train`.
+    prompt: the `AnchorPrompt` of the base classes. targets (C, d): as in `stage1.learn_anchor`. learner:
+    its frozen copy of the anchor follows. The second half of the step (soft tokens and W by Eq. 10, anchor
+    frozen) is `adapt`'s.
     """
 
     def __init__(self, prompt, targets, learner, settings):
-        self.prompt, self.targets, self.learner, self.settings = prompt, targets, learner, settings
-        self.optimizer = torch.optim.SGD([prompt.tokens], lr=settings["anchor_lr"], momentum=0.9, weight_decay=5e-4)
+        self.prompt = prompt
+        self.targets = targets
+        self.learner = learner
+        self.weight = settings["anchor_weight"]
+        self.optimizer = stage1.sgd([prompt.tokens], settings["anchor_lr"])             # theta_a
+        self.follow()
 
-    def __call__(self, schedule):
-        """schedule: this epoch's learning rate as a part of the full one, the same for both halves."""
-        self.optimizer.param_groups[0]["lr"] = schedule * self.settings["anchor_lr"]
-        loss = self.settings["anchor_weight"] * losses.anchor_mse(self.prompt(), self.targets)       # Eq. 5
+    def __call__(self):
+        loss = self.weight * losses.anchor_mse(self.prompt(), self.targets)             # Eq. 5
         self.optimizer.zero_grad()
         stage1.scaled_backward(loss, self.prompt.tokens)
         self.optimizer.step()
         self.follow()
 
     def follow(self):
+        """Puts the anchor where Stage II reads it, frozen."""
         template = self.learner.template
         template.anchor_tokens.copy_(self.prompt.tokens.detach())
         if template.anchor_in_suffix:
@@ -165,195 +136,290 @@ class OneStage:
         self.follow()
 
 
-def run_seed(args, settings, seed, dataset, clip_model, test_sets):
-    """One run: Stage I where needed, Stage II, evaluation. Returns its results (the content of results.json).
+# ---------------------------------------------------------------------------- a run
 
-    dataset: a `data.Dataset`; clip_model: a function that loads CLIP, once; test_sets: see `eval.evaluate_items`.
+def run_seed(args, settings, seed, dataset, get_clip):
+    """One run: the anchor, the learner, training, the inference rule, saving. Returns its results.
+
+    dataset: a `data.Dataset`. get_clip: a function that loads CLIP, once.
     """
-    folder = evaluation.run_folder(args.output, settings, seed)
-    with evaluation.locked(folder, wait=False, what=f"seed {seed}"):
-        if (folder / "results.json").exists() and not args.overwrite:
-            result = evaluation.load_results([folder / "results.json"])[0]
-            if result["settings"] != settings:
-                raise ValueError(f"{folder} holds a run with other settings; choose another --output, or --overwrite")
-            (folder / "last.pt").unlink(missing_ok=True)        # of a process killed just before it did so
-            print(f"finished already: {folder} (--overwrite to run it again)", flush=True)
-            return result
+    folder = stage1.run_folder(args.output, settings, seed)
+    task = data.few_shot_task(dataset, settings["classes"], settings.get("shots", 16), seed)
+    facts = run_facts(args, settings, dataset, task)
+    with stage1.only_process(folder, wait=False, what=f"seed {seed}"):
         if args.overwrite:
-            for name in ("results.json", "prompt.pt", "last.pt", "log.csv", "position.png"):
-                (folder / name).unlink(missing_ok=True)
-            for stale in folder.glob("eval-*.json"):
-                stale.unlink()
-        clip_model, seconds = clip_model(), {}
-        base, novel = data.split_base_novel(dataset.class_names)
-        if settings["classes"] == "all":
-            base, novel = list(range(len(dataset.class_names))), []
-        base_names, novel_names = ([dataset.class_names[label] for label in labels] for labels in (base, novel))
-        train_items, _ = data.few_shot(dataset.train, dataset.val, settings.get("shots", 16), seed)
-        train_items = data.take(train_items, base)
-        notes = list(dataset.notes)
-        if settings["epochs"] and not train_items:
-            raise ValueError(f"{args.dataset} has no training images: train on another dataset, then test on this one with "
-                             f"python eval.py RUN --dataset {args.dataset}")
-        counts = collections.Counter(item.label for item in train_items).values()
-        scarce = sum(count < settings.get("shots", 0) for count in counts)
-        if scarce:
-            notes.append(f"{scarce} of {len(base)} classes have fewer than {settings['shots']} training images")
-        if settings["clip"] not in ("toy", *clip.available_models()):
-            notes.append(f"CLIP {settings['clip']} is a checkpoint of your own: figures do not compare with published ones")
-        for note in notes:
-            print(f"note: {note}", flush=True)
+            remove_run(folder)
+        finished = finished_run(folder, settings, facts)
+        if finished is not None:
+            return finished
+        clip_model = get_clip()
+        task = with_notes(task, dataset, settings)
+        check_before_learning(clip_model, task, dataset, settings)
+        seconds = {}
 
-        # --- Stage I
+        # Stage I: the anchor.
         start = time.perf_counter()
-        anchor_tokens, one_stage = None, settings.get("one_stage", False)
-        if one_stage:
-            anchor_tokens = torch.zeros(settings["anchor_length"], clip_model.token_embedding.weight.shape[1])
-        elif settings["template"] == "anchoropt" and args.anchor:
-            anchor_tokens, saved = load_anchor(args.anchor)
-            stage1.check_anchor(args.anchor, anchor_tokens, saved, settings, clip_model)
-        elif settings["template"] == "anchoropt":
-            anchor_tokens = stage1.find_or_learn_anchor(clip_model, base_names, args, settings, seed)
+        anchor_tokens = find_anchor(clip_model, task.base_names, args, settings, seed)
         seconds["stage1"] = time.perf_counter() - start
 
-        # --- Stage II
+        # Stage II: the prompt.
         start = time.perf_counter()
-        torch.manual_seed(seed)                                             # the values that learning starts from
-        learner = build_learner(settings | {"class_chunk": args.class_chunk}, clip_model, base_names, anchor_tokens)
-        matrix = {"start": rows_of_W(learner)}
+        torch.manual_seed(seed)                                     # the values that learning starts from
+        options = settings | {"class_chunk": args.class_chunk}
+        learner = build_learner(options, clip_model, task.base_names, anchor_tokens)
+        W_start = learnt_W(learner)
         if settings["epochs"]:
-            decoded = data.decode_all(train_items, args.cache_images * 2 ** 30, max(1, args.workers))
-            features, anchor_step = None, None
-            if one_stage:
-                prompt = AnchorPrompt(clip_model, base_names, settings["anchor_length"], settings["preposition"],
-                                      args.class_chunk)
-                sentences = data.load_descriptions(args.descriptions or data.default_descriptions(args.dataset), base_names,
-                                                   settings["max_descriptions"], args.aliases)
-                targets = torch.stack([f.mean(0) for f in stage1.description_features(clip_model, sentences)])
-                anchor_step = OneStage(prompt, targets, learner, settings)
-                anchor_step.follow()
-            elif anchor_tokens is not None:
-                features = evaluation.anchor_features(clip_model, base_names, anchor_tokens, settings)
-            train(learner, (train_items, decoded), settings, seed, folder / "last.pt", features, anchor_step, args.workers)
+            learn_prompt(learner, task, args, settings, seed, folder, facts)
+        save_prompt(folder, learner, task.base_names, settings, seed)
         seconds["stage2"] = time.perf_counter() - start
-        with evaluation.written_aside(folder / "prompt.pt") as aside:
-            torch.save({"state": learner.state_dict(), "settings": settings, "class_names": base_names, "seed": seed}, aside)
 
-        # --- Inference
-        evaluation.at_work_on("evaluation")
+        # Inference (Sec. 3.2.2): the normal prompt for base classes, the ensemble for novel ones.
         start = time.perf_counter()
-        if anchor_tokens is not None:
-            anchor_tokens = learner.template.anchor_tokens                  # one-stage training has moved it
-        scores = {}
-        for side, labels, names in (("base", base, base_names), ("novel", novel, novel_names)):
-            scores[side] = None
-            if labels:
-                scores[side] = evaluation.evaluate_items(learner.set_classes(names), settings, data.take(dataset.test, labels),
-                                                         anchor_tokens, side == "base", test_sets, args.workers, args.test_batch,
-                                                         args.feature_cache)
-        learner.set_classes(base_names)
+        scores = {"base": None, "novel": None, "hm": None}
+        sides = (("base", task.base_names, task.test_base), ("novel", task.novel_names, task.test_novel))
+        for side, names, items in sides:
+            if names:
+                learner.set_classes(names)
+                scores[side] = evaluation.evaluate_items(learner, settings, items, side == "base", args)
+        if scores["novel"]:
+            scores["hm"] = {reading: evaluation.harmonic_mean(scores["base"][reading], scores["novel"][reading])
+                            for reading in scores["base"]}
         seconds["eval"] = time.perf_counter() - start
-        if matrix["start"] and not args.no_plot:
-            try:
-                with evaluation.written_aside(folder / "position.png") as aside:
-                    plot_position_matrix(torch.tensor(rows_of_W(learner)), aside, settings["anchor_length"], args.dataset)
-            except ImportError as error:
-                print(f"no position.png: {error}")
 
-        result = {"dataset": args.dataset, "baseline": settings["baseline"], "template": settings["template"], "seed": seed,
-                  "clip": settings["clip"], "settings": settings,
+        W_end = learnt_W(learner)
+        if W_end and not args.no_plot:
+            draw_W(folder, W_end, settings)
+        result = {"dataset": settings["dataset"], "baseline": settings["baseline"],
+                  "template": settings["template"], "seed": seed, "clip": settings["clip"],
+                  "settings": settings, "facts": facts,
                   "seconds": {key: round(value, 2) for key, value in seconds.items()}, **scores,
-                  "hm": scores["novel"] and {reading: evaluation.harmonic_mean(scores["base"][reading], scores["novel"][reading])
-                                             for reading in scores["base"]},
-                  "position_matrix": matrix["start"] and matrix | {"end": rows_of_W(learner)},
-                  "notes": notes, "environment": environment(clip_model)}
-        with evaluation.written_aside(folder / "results.json") as aside:
-            text = json.dumps(result, indent=1)
-            aside.write_text(re.sub(r"\[\s+([\d,\s]+?)\s+\]", lambda row: f"[{' '.join(row[1].split())}]", text) + "\n")
-        (folder / "last.pt").unlink(missing_ok=True)
-        return result | {"run": folder.parent.name}
+                  "position_matrix": {"start": W_start, "end": W_end} if W_end else None,
+                  "notes": task.notes, "comparable": task.comparable,
+                  "environment": environment(clip_model)}
+        return save_results(folder, result)
 
 
-def rows_of_W(learner):
+def run_facts(args, settings, dataset, task):
+    """Digests of all that a run depends on beside its settings: see `stage1.check_unchanged`."""
+    facts = data.digests(dataset, task)
+    if settings["template"] == "anchoropt" and not args.anchor:
+        facts |= stage1.description_facts(task.base_names, args, settings, must_exist=False)
+    return facts
+
+
+def with_notes(task, dataset, settings):
+    """The task, with what else its figures' reader must know; printed."""
+    notes, comparable = list(task.notes), task.comparable
+    if settings["clip"] not in ("toy", *clip.available_models()):
+        notes.append(f"CLIP {settings['clip']} is a checkpoint of your own: figures do not compare with "
+                     "published ones")
+        comparable = False
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    return task._replace(notes=notes, comparable=comparable)
+
+
+def check_before_learning(clip_model, task, dataset, settings):
+    """Raises ValueError for what Stage II would refuse, before Stage I has taken its time."""
+    if settings["epochs"] and not task.train:
+        raise ValueError(f"{dataset.name} has no training images: train on another dataset, then test on "
+                         f"this one with: python eval.py RUN --dataset {dataset.name}")
+    width = clip_model.token_embedding.weight.shape[1]
+    trial_anchor = torch.zeros(settings.get("anchor_length", 1), width)
+    learner = build_learner(settings, clip_model, task.base_names, trial_anchor)
+    learner.set_classes(task.novel_names or task.base_names)
+
+
+def find_anchor(clip_model, class_names, args, settings, seed):
+    """The frozen anchor tokens (N, d_t) of Stage II, or None for the other templates."""
+    if settings["template"] != "anchoropt":
+        return None
+    if settings["one_stage"]:                                       # learnt beside the prompt: see OneStage
+        return torch.zeros(settings["anchor_length"], clip_model.token_embedding.weight.shape[1])
+    if args.anchor:
+        anchor_tokens, saved = load_anchor(args.anchor)
+        stage1.check_anchor(args.anchor, anchor_tokens, saved, settings, clip_model)
+        return anchor_tokens
+    return stage1.get_anchor(clip_model, class_names, args, settings, seed)
+
+
+def learn_prompt(learner, task, args, settings, seed, folder, facts):
+    """Stage II with what surrounds it: the optimizer, the anchor prompts, the images, the kept epochs."""
+    clip_model, device = learner.clip_model, learner.clip_model.logit_scale.device
+    optimizer = stage1.sgd(learner.parameters(), settings["lr"])    # theta_s, theta_pos, the baseline's own
+    optimizers, parts = [optimizer], {"learner": learner, "optimizer": optimizer}
+    f_anc = anchor_step = None
+    if settings.get("one_stage"):
+        prompt = AnchorPrompt(clip_model, task.base_names, settings["anchor_length"],
+                              settings["preposition"], args.class_chunk)
+        sentences, _ = stage1.read_descriptions(task.base_names, args, settings)
+        f_des = stage1.description_features(clip_model, sentences, task.base_names)
+        anchor_step = OneStage(prompt, torch.stack([f.mean(0) for f in f_des]), learner, settings)
+        optimizers.append(anchor_step.optimizer)
+        parts["anchor_step"] = anchor_step
+    elif settings["template"] == "anchoropt":
+        anchor_tokens = learner.template.anchor_tokens
+        facts = facts | {"anchor tokens": data.digest(anchor_tokens.tolist())}
+        if settings["lambda_2"]:                                    # else nothing is distilled (Tab. 9)
+            f_anc = anchor_features(clip_model, task.base_names, anchor_tokens, settings["preposition"],
+                                    args.class_chunk)
+
+    steps = max(1, len(task.train) // settings["batch_size"])
+    epochs = stage1.Epochs("stage II", settings["epochs"], steps, optimizers, folder / "last.pt", parts,
+                           facts, advice="lower --lr, --lambda-1 or --lambda-2")
+    resolution = clip_model.visual.input_resolution
+    images = data.Images(task.train, data.train_transform(resolution), seed)
+    encode = functools.partial(encode_image, clip_model)
+    if learner.needs_images and f_anc is None:
+        encode = None                                               # MaPLe alone never reads the frozen f
+    kept = stage1.kept_features(clip_model, settings, images, args.feature_cache)
+    features = data.EpochFeatures(images, range(len(epochs.log) + 1, settings["epochs"] + 1), encode, device,
+                                  keep_crops=learner.needs_images, kept=kept, workers=args.workers)
+    labels = torch.tensor([item.label for item in task.train], device=device)
+    train(learner, epochs, features, labels, settings, seed, f_anc, anchor_step)
+
+
+def learnt_W(learner):
     """The learnt W without noise, as rows of 0 and 1; None where no W is learnt."""
-    matrix = getattr(getattr(learner, "template", None), "position_matrix", None)
-    return matrix and hard_assignment(matrix.logits.detach()).int().tolist()
+    W = learner.template.position_matrix
+    if W is None:
+        return None
+    return hard_assignment(W.logits.detach()).int().tolist()
+
+
+def save_prompt(folder, learner, base_names, settings, seed):
+    """prompt.pt: what was learnt, and all that building the learner anew takes."""
+    with data.written_aside(folder / "prompt.pt") as aside:
+        torch.save({"state": learner.state_dict(), "settings": settings, "class_names": base_names,
+                    "seed": seed}, aside)
+
+
+def save_results(folder, result):
+    """results.json, with which a run is finished. Returns the result as `eval.load_result` does."""
+    with data.written_aside(folder / "results.json") as aside:
+        aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / "last.pt").unlink(missing_ok=True)
+    return result | {"run": folder.parent.name, "folder": folder}
+
+
+def finished_run(folder, settings, facts):
+    """The results of a run that is finished already, or None. ValueError where its data have changed."""
+    file = folder / "results.json"
+    if not file.exists():
+        return None
+    result = evaluation.load_result(file)
+    if result["settings"] != settings:
+        raise ValueError(f"{folder} holds a run with other settings; choose another --output, or "
+                         "--overwrite")
+    stage1.check_unchanged(file, result.get("facts", {}), facts,
+                           "to run it again: --overwrite, or choose another --output")
+    (folder / "last.pt").unlink(missing_ok=True)            # of a process killed just before it did so
+    print(f"finished already: {folder} (--overwrite to run it again)", flush=True)
+    return result
+
+
+def remove_run(folder):
+    """Takes away what a run and its evaluations have left, to begin anew."""
+    for name in ("results.json", "prompt.pt", "last.pt", "log.csv", "position.png"):
+        (folder / name).unlink(missing_ok=True)
+    for file in folder.glob("eval-*.json"):
+        file.unlink()
+
+
+def draw_W(folder, W, settings):
+    try:
+        with data.written_aside(folder / "position.png") as aside:
+            plot_position_matrix(torch.tensor(W), aside, settings["anchor_length"], settings["dataset"])
+    except ImportError as error:
+        print(f"no position.png: {error}")
 
 
 def environment(clip_model):
     """What the figures were made with: versions, device, precision, commit, command."""
     device = clip_model.logit_scale.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=os.path.dirname(os.path.abspath(__file__)),
-                                capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        here = os.path.dirname(os.path.abspath(__file__))
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True,
+                                text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = None
-    return {"python": platform.python_version(), "torch": torch.__version__, "device": str(device),
-            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "dtype": str(clip_model.dtype).removeprefix("torch."), "commit": commit, "command": " ".join(sys.argv)}
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "pillow": PIL.__version__, "numpy": numpy.__version__,
+            "device": str(device), "device_name": name, "dtype": str(clip_model.dtype).removeprefix("torch."),
+            "commit": commit, "command": " ".join(sys.argv)}
 
+
+# ---------------------------------------------------------------------------- command line
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = stage1.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     row = "(default: the row of assets/settings.csv)"
     group = parser.add_argument_group("method")
-    group.add_argument("--baseline", choices=list(BASELINES), default="coop", help="clip: zero-shot CLIP (default: coop)")
-    group.add_argument("--template", choices=TEMPLATES, default="anchoropt", help="Eq. 2, Eq. 3 or Eqs. 8-9 (default: anchoropt)")
-    group.add_argument("--one-stage", action="store_true", help="one-stage training, Sec. 3.2.4, Tab. 3 (default: two stages)")
-    group.add_argument("--soft-tokens", type=int, help=f"M soft tokens {row}")
-    group.add_argument("--attributes", nargs="+", metavar="WORD", help=f"atprompt: 1 to 3 attribute words {row}")
+    group.add_argument("--baseline", choices=list(BASELINES), default="coop",
+                       help="clip: zero-shot CLIP (default: coop)")
+    group.add_argument("--template", choices=TEMPLATES, default="anchoropt",
+                       help="Eq. 2, Eq. 3 or Eqs. 8-9 (default: anchoropt)")
+    group.add_argument("--one-stage", action="store_true",
+                       help="one-stage training, Sec. 3.2.4, Tab. 3 (default: two stages)")
+    group.add_argument("--soft-tokens", type=stage1.at_least(1), help=f"M soft tokens {row}")
+    group.add_argument("--attributes", nargs="+", metavar="WORD", help=f"atprompt: 1 to 3 words {row}")
     group.add_argument("--arrangement", choices=("adaptive", "before", "middle", "after-class"),
                        help="where anchors stand, Tab. 8 (default: adaptive)")
-    group.add_argument("--tau", type=float, help="temperature of Eq. 7, Tab. S3 (default: 1)")
-    group.add_argument("--depth", type=int, help=f"maple: blocks that get soft tokens, 1 = shallow {row}")
-    group.add_argument("--w-cat", type=float, help=f"dept: weight of the base-class head {row}")
-    group.add_argument("--anchor", metavar="FILE", help="use this anchor; the authors' .pth.tar too (default: learn it in Stage I)")
+    group.add_argument("--tau", type=stage1.positive, help="temperature of Eq. 7, Tab. S3 (default: 1)")
+    group.add_argument("--depth", type=stage1.at_least(1),
+                       help=f"maple: blocks that get soft tokens, 1 = shallow {row}")
+    group.add_argument("--w-cat", type=stage1.not_negative,
+                       help=f"dept: weight of the base-class head {row}")
+    group.add_argument("--anchor", metavar="FILE",
+                       help="use this anchor; the authors' .pth.tar too (default: learn it in Stage I)")
     group.add_argument("--feature-at", choices=("eot", "released"),
-                       help="released: read the normal prompt's feature N positions early, as the released code does (default: eot)")
+                       help="released: read the normal prompt's feature N positions early, as the released "
+                            "code does (default: eot)")
     group.add_argument("--test-position", choices=("argmax", "sample"),
-                       help="sample: draw W anew for each test batch, as the released code does (default: argmax)")
+                       help="sample: draw W anew for each test batch, as the released code does "
+                            "(default: argmax)")
     group = parser.add_argument_group("training, Stage II")
-    group.add_argument("--epochs", type=int, help=f"length of Stage II {row}")
-    group.add_argument("--batch-size", type=int, help=f"images a step {row}")
-    group.add_argument("--lr", type=float, help=f"learning rate of Stage II {row}")
-    group.add_argument("--lambda-1", type=float, help=f"weight of the cross entropy, Eq. 12 {row}")
-    group.add_argument("--lambda-2", type=float, help=f"weight of the distillation, Eq. 12; 0: none, Tab. 9 {row}")
-    group.add_argument("--temperature", type=float, help=f"of the distillation, Eq. 11 {row}")
-    stage1.add_arguments(parser)
+    group.add_argument("--epochs", type=stage1.at_least(0), help=f"length of Stage II {row}")
+    group.add_argument("--batch-size", type=stage1.at_least(1), help=f"images a step {row}")
+    group.add_argument("--lr", type=stage1.positive, help=f"learning rate of Stage II {row}")
+    group.add_argument("--lambda-1", type=stage1.not_negative,
+                       help=f"weight of the cross entropy, Eq. 12 {row}")
+    group.add_argument("--lambda-2", type=stage1.not_negative,
+                       help=f"weight of the distillation, Eq. 12; 0: none, Tab. 9 {row}")
+    group.add_argument("--temperature", type=stage1.positive, help=f"of the distillation, Eq. 11 {row}")
+    stage1.add_data_options(parser)
+    stage1.add_anchor_options(parser)
+    stage1.add_machine_options(parser)
     group = parser.add_argument_group("images and results")
-    group.add_argument("--workers", type=int, help="processes that load images (default: 8 or fewer on a GPU, else 0)")
-    group.add_argument("--cache-images", type=float, default=4, metavar="GB", help="keep decoded few-shot images (default: 4)")
-    group.add_argument("--test-batch", type=int, help="test images at a time where prompts depend on them (default: 100; maple 200)")
-    group.add_argument("--feature-cache", metavar="DIR", help="keep the frozen CLIP's test features here for other runs (default: nowhere)")
+    stage1.add_image_options(group)
     group.add_argument("--no-plot", action="store_true", help="write no position.png")
-    group.add_argument("--overwrite", action="store_true", help="run again what is finished (default: skip it)")
+    group.add_argument("--overwrite", action="store_true",
+                       help="run again what is finished (default: skip it)")
     args = parser.parse_args(argv)
+    if args.one_stage and (args.template != "anchoropt" or args.baseline == "clip"):
+        parser.error(f"--one-stage learns an anchor beside the prompt, and {args.baseline}-{args.template} "
+                     "has none; use --template anchoropt with any of coop, cocoop, maple, dept")
     if args.workers is None:
-        on_gpu = args.device.startswith("cuda") and args.dataset != "toy"
-        args.workers = min(8, os.cpu_count() or 1) if on_gpu else 0
+        args.workers = stage1.default_workers(args)
     return args
 
 
-def main(argv=None):
-    args = parse(argv)
-    return evaluation.run_script("stage2.py", lambda: run(args), args.device)
-
-
 def run(args):
-    if args.one_stage and (args.template != "anchoropt" or args.baseline == "clip"):
-        raise ValueError(f"--one-stage learns an anchor beside the prompt, and {args.baseline}-{args.template} has none; "
-                         "use --template anchoropt with any of coop, cocoop, maple, dept")
     dataset = data.load_dataset(args.dataset, args.root, args.seeds[0])
-    settings = evaluation.resolve(args, evaluation.default_settings(args.dataset, args.baseline, args.template, args.one_stage))
-    evaluation.check_output(args.output)
-    stage1.use_threads(settings)
-    dtype, test_sets, results = args.dtype and getattr(torch, args.dtype), {}, []
-    clip_model = functools.cache(lambda: load_clip(args.clip or settings["clip"], args.device, dtype))
-    for i, seed in enumerate(args.seeds):
-        if i and dataset.notes:                                       # a split made here depends on the seed
+    settings = stage1.resolve(args, stage1.default_settings(dataset.name, args.baseline, args.template,
+                                                            args.classes, args.one_stage))
+    get_clip = functools.cache(lambda: stage1.load_clip_for(settings, args))
+    results = []
+    for seed in args.seeds:
+        if dataset.notes and results:                               # a split made here depends on the seed
             dataset = data.load_dataset(args.dataset, args.root, seed)
-        results.append(run_seed(args, settings, seed, dataset, clip_model, test_sets))
+        results.append(run_seed(args, settings, seed, dataset, get_clip))
     evaluation.print_table(results)
+
+
+def main(argv=None):
+    return stage1.run_script("stage2.py", run, parse(argv))
 
 
 if __name__ == "__main__":
