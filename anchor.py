@@ -1,20 +1,17 @@
-"""Anchor tokens: the anchor prompt of Eq. 4, its files, and what its tokens look like as words (S4).
+"""Anchor tokens: the anchor prompt of Eq. 4, its files, and the words nearest to its tokens (S4).
 
-The anchor prompt reads  [SOS] [Anc_1] ... [Anc_N] [of] [CLS] . [EOT].  Stage I learns its N tokens; Stage
-II freezes them. Needs `prompts.py` (and so `position.py`) beside this file.
+The anchor prompt reads  [SOS] [Anc_1] ... [Anc_N] [of] [CLS] . [EOT].  Stage I learns its N tokens;
+Stage II freezes them. Needs `prompts.py` (and so `position.py`) beside this file.
 """
-
-import re
-import zipfile
 
 import torch
 import torch.nn as nn
 
-from prompts import SOS, TOKENIZER, class_suffix, embed, encode_text, new_tokens, unit
+from prompts import SOS, TOKENIZER, class_suffix, embed, encode_text, new_tokens, read_as_data, unit
 
 
 class AnchorPrompt(nn.Module):
-    """Eq. 4:  t_anc = [Anc_1] ... [Anc_N] [of] [CLS].   A call returns unit features f_T(t_anc) (C, d).
+    """Eq. 4:  t_anc = [Anc_1] ... [Anc_N] [of] [CLS].  A call: unit features f_T(t_anc) (C, d).
 
     tokens (N, d_t): theta_a, learnable, in float32, started at N(0, 0.02^2).
     preposition: the word between anchor and class, or None or "none" for no word (Tabs. 6, S2).
@@ -26,7 +23,7 @@ class AnchorPrompt(nn.Module):
         super().__init__()
         if n_anchor < 1:
             raise ValueError(f"an anchor prompt needs at least one anchor token, got {n_anchor}")
-        object.__setattr__(self, "clip_model", clip_model)     # not a submodule: its weights are not ours
+        object.__setattr__(self, "clip_model", clip_model)     # not a submodule: not ours to save
         self.tokens = new_tokens(clip_model, n_anchor)
         word = "" if preposition in (None, "none") else preposition
         self.register_buffer("sos", embed(clip_model, [SOS]), persistent=False)
@@ -60,8 +57,8 @@ def anchor_features(clip_model, class_names, tokens, preposition="of", class_chu
 def nearest_words(tokens, clip_model, k=10):
     """S4: for each anchor token the k vocabulary entries nearest to it, by Euclidean distance.
 
-    tokens (N, d_t). Returns N lists of (word, distance), nearest first. As the paper finds, they make no
-    sense to a person: anchors live between the words.
+    tokens (N, d_t). Returns N lists of (word, distance), nearest first. As the paper finds, they
+    make no sense to a person: anchors live between the words.
     """
     table = clip_model.token_embedding.weight.float()                       # (vocabulary, d_t)
     distances = torch.cdist(tokens.detach().to(table), table)               # (N, vocabulary)
@@ -86,21 +83,18 @@ def save_anchor(path, tokens, settings):
 def load_anchor(path):
     """Reads anchor tokens: (tokens (N, d_t) float32 on the CPU, settings dict).
 
-    Takes the files of `save_anchor` and the authors' released .pth.tar checkpoints, whose settings are
-    unknown: their dict comes back empty. A file is read as data: no code of its pickle is run; the
-    optimizer state beside a released anchor is read past, and any other class is refused.
-    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or holds anything else.
+    Takes the files of `save_anchor` and the authors' released .pth.tar checkpoints, whose settings
+    are unknown: their dict comes back empty. A file is read as data: no code of its pickle is run;
+    the optimizer state beside a released anchor is read past, and any other class is refused.
+    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or holds
+    anything else.
     """
     try:
         with torch.serialization.safe_globals(RELEASED_GLOBALS):
             content = read_as_data(path)
     except ValueError as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error.__cause__))
-        reason = "damaged, or no torch.save file"
-        if foreign:
-            reason = f"it asks for {foreign[1]}, which is not data"
         raise ValueError(f"{path} could not be read as an anchor file, and nothing in it was run: "
-                         f"{reason}") from error
+                         f"{error}") from error
 
     parts, settings = [], {}
     if isinstance(content, dict) and "anchor_tokens" in content:
@@ -108,11 +102,14 @@ def load_anchor(path):
     elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         found = {key: value for key, value in content["state_dict"].items()
                  if str(key).startswith("anchor_ctx")}
-        parts = [found[key] for key in sorted(found, key=lambda key: (len(key), key))]      # _2 before _10
-    sound = (parts and all(_is_tokens(part) for part in parts)
-             and len({part.shape[1] for part in parts}) == 1 and isinstance(settings, dict))
-    if not sound:
+        in_order = sorted(found, key=lambda key: (len(key), key))           # _2 before _10
+        parts = [found[key] for key in in_order]
+    if not parts or not all(_is_tokens(part) for part in parts):
         raise ValueError(f"{path} holds no anchor tokens (N, d_t) of finite numbers")
+    if len({part.shape[1] for part in parts}) > 1:
+        raise ValueError(f"{path} holds anchor tokens of different widths")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds anchor tokens, but its settings are no dict")
     return torch.cat(parts).float(), settings
 
 
@@ -125,26 +122,8 @@ def _is_tokens(part):
     return bool(part.isfinite().all())
 
 
-def read_as_data(path, device="cpu"):
-    """`torch.load` as data, never code, after a look at the checksums.
-
-    Raises FileNotFoundError, PermissionError, or ValueError for a damaged or foreign file.
-    """
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():           # torch.load itself takes a flipped bit for another number
-                    raise ValueError("damaged: its checksums differ")
-        return torch.load(path, map_location=device, weights_only=True)
-    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:                  # unpicklers fail in many ways on damaged files
-        reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
-        raise ValueError(reason) from error
-
-
 class Inert:
-    """Stands for the optimizer and the schedule that a released checkpoint holds beside its anchor."""
+    """Stands for the optimizer and the schedule beside the anchor in a released checkpoint."""
 
 
 def plain_dict(*factory):
@@ -152,7 +131,8 @@ def plain_dict(*factory):
     return {}
 
 
-# The globals that the released files name, and the harmless things that they get: no foreign class is built.
+# The globals that the released files name, and the harmless things that they get: no foreign class
+# is built.
 RELEASED_GLOBALS = [(Inert, "torch.optim.sgd.SGD"),
                     (Inert, "torch.optim.lr_scheduler.CosineAnnealingLR"),
                     (plain_dict, "collections.defaultdict"), dict]

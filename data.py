@@ -1,13 +1,16 @@
-"""Data: the field's fifteen datasets as they lie on everybody's disk, few-shot subsets, descriptions, images.
+"""Data: the field's fifteen datasets as they lie on everybody's disk, datasets of one's own,
+few-shot subsets, descriptions, images.
 
 Paper S2.1 (datasets) and S2.2.1 (descriptions). The folder layout, the split files and the
-few-shot picks are those of CoOp's data guide, so that `--root` points at what a lab already has; nothing
-is ever written there.
+few-shot picks are those of CoOp's data guide, so that `--root` points at what a lab already has;
+nothing is ever written there.
 
     python data.py --root $DATA                  what is found, what is missing, and where to get it
     python data.py describe --dataset NAME ...   ask an LLM for a description file
 
-What differs between datasets stands in one table, DATASETS; the readers below it know only kinds of layout.
+What differs between datasets stands in one table, DATASETS; the readers below it know only kinds
+of layout. They raise what is wrong and where; `load_dataset`, which calls them, adds where to get
+it.
 """
 
 import argparse
@@ -41,19 +44,22 @@ class Item(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    name: str
+    name: str                      # a key of DATASETS, or the name of one's own folder
     folder: str                    # where it lies; paths of images are told from here
     class_names: list              # index = label; as CLIP reads them, without underscores
     train: list                    # of Item; train and val are empty for test-only sets
     val: list
     test: list
-    notes: list                    # why figures on it do not compare with published ones; [] where they do
+    notes: list                    # why figures on it do not compare with published ones; or []
 
 
-# ------------------------------------------------------------------------------------------ the table
+# ---------------------------------------------------------------------------- the table
 
 ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
+# The guide's links to Stanford Cars and SUN397 are dead; the authors keep all but ImageNet here.
+MIRROR = "HuggingFace dataset zhengli97/prompt_learning_dataset"
+PHOTO = "a photo of a {}."
 
 
 class Row(NamedTuple):
@@ -69,44 +75,54 @@ class Row(NamedTuple):
     rename: dict = {}              # own split: folder -> class name
 
 
-PHOTO = "a photo of a {}."
 DATASETS = {
-    "imagenet": Row("imagenet", ("images",), "imagenet", "classnames.txt", 1000, PHOTO, "https://image-net.org"),
+    "imagenet": Row(
+        "imagenet", ("images",), "imagenet", "classnames.txt", 1000, PHOTO,
+        "https://image-net.org"),
     "caltech101": Row(
         "caltech-101", ("101_ObjectCategories",), "json", "split_zhou_Caltech101.json", 100, PHOTO,
-        "https://data.caltech.edu/records/mzrjq-6wc02", own_split=True, leave_out=("BACKGROUND_Google", "Faces_easy"),
-        rename={"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike"}),
+        "https://data.caltech.edu/records/mzrjq-6wc02", own_split=True,
+        leave_out=("BACKGROUND_Google", "Faces_easy"),
+        rename={"airplanes": "airplane", "Faces": "face", "Leopards": "leopard",
+                "Motorbikes": "motorbike"}),
     "oxford_pets": Row(
-        "oxford_pets", ("images",), "json", "split_zhou_OxfordPets.json", 37, "a photo of a {}, a type of pet.",
-        "https://www.robots.ox.ac.uk/~vgg/data/pets/"),
-    "stanford_cars": Row("stanford_cars", ("",), "json", "split_zhou_StanfordCars.json", 196, PHOTO, GUIDE),
+        "oxford_pets", ("images",), "json", "split_zhou_OxfordPets.json", 37,
+        "a photo of a {}, a type of pet.", "https://www.robots.ox.ac.uk/~vgg/data/pets/"),
+    "stanford_cars": Row(
+        "stanford_cars", ("",), "json", "split_zhou_StanfordCars.json", 196, PHOTO, MIRROR),
     "oxford_flowers": Row(
-        "oxford_flowers", ("jpg",), "json", "split_zhou_OxfordFlowers.json", 102, "a photo of a {}, a type of flower.",
-        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"),
+        "oxford_flowers", ("jpg",), "json", "split_zhou_OxfordFlowers.json", 102,
+        "a photo of a {}, a type of flower.", "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"),
     "food101": Row(
-        "food-101", ("images",), "json", "split_zhou_Food101.json", 101, "a photo of {}, a type of food.",
-        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/", own_split=True),
+        "food-101", ("images",), "json", "split_zhou_Food101.json", 101,
+        "a photo of {}, a type of food.",
+        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
+        own_split=True),
     "fgvc_aircraft": Row(
-        "fgvc_aircraft", ("images",), "aircraft", "variants.txt", 100, "a photo of a {}, a type of aircraft.",
+        "fgvc_aircraft", ("images",), "aircraft", "variants.txt", 100,
+        "a photo of a {}, a type of aircraft.",
         "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/"),
-    "sun397": Row(
-        "sun397", ("SUN397",), "json", "split_zhou_SUN397.json", 397, PHOTO,
-        "https://vision.princeton.edu/projects/2010/SUN/"),
+    "sun397": Row("sun397", ("SUN397",), "json", "split_zhou_SUN397.json", 397, PHOTO, MIRROR),
     "dtd": Row(
         "dtd", ("images",), "json", "split_zhou_DescribableTextures.json", 47, "{} texture.",
         "https://www.robots.ox.ac.uk/~vgg/data/dtd/", own_split=True),
     "eurosat": Row(
-        "eurosat", ("2750",), "json", "split_zhou_EuroSAT.json", 10, "a centered satellite photo of {}.",
+        "eurosat", ("2750",), "json", "split_zhou_EuroSAT.json", 10,
+        "a centered satellite photo of {}.",
         "https://github.com/phelber/EuroSAT", own_split=True,
-        rename={"AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land",
-                "Highway": "Highway or Road", "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
-                "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings", "SeaLake": "Sea or Lake"}),
+        rename={"AnnualCrop": "Annual Crop Land",
+                "HerbaceousVegetation": "Herbaceous Vegetation Land",
+                "Highway": "Highway or Road", "Industrial": "Industrial Buildings",
+                "Pasture": "Pasture Land", "PermanentCrop": "Permanent Crop Land",
+                "Residential": "Residential Buildings", "SeaLake": "Sea or Lake"}),
     "ucf101": Row(
-        "ucf101", ("UCF-101-midframes",), "json", "split_zhou_UCF101.json", 101, "a photo of a person doing {}.", GUIDE),
+        "ucf101", ("UCF-101-midframes",), "json", "split_zhou_UCF101.json", 101,
+        "a photo of a person doing {}.", MIRROR),
+
     # Test only: the four ImageNet variants of domain generalisation (Tab. 4).
     "imagenetv2": Row(
-        "imagenetv2", ("imagenetv2-matched-frequency-format-val", "imagenetv2", ""), "numbered", "classnames.txt", 1000,
-        PHOTO, "https://github.com/modestyachts/ImageNetV2"),
+        "imagenetv2", ("imagenetv2-matched-frequency-format-val", "imagenetv2", ""), "numbered",
+        "classnames.txt", 1000, PHOTO, "https://github.com/modestyachts/ImageNetV2"),
     "imagenet_sketch": Row(
         "imagenet-sketch", ("images", "sketch"), "wnids", "classnames.txt", 1000, PHOTO,
         "https://github.com/HaohanWang/ImageNet-Sketch"),
@@ -116,142 +132,498 @@ DATASETS = {
     "imagenet_r": Row(
         "imagenet-rendition", ("imagenet-r",), "some wnids", "classnames.txt", 200, PHOTO,
         "https://github.com/hendrycks/imagenet-r"),
-    "toy": Row("toy", ("images",), "json", "split_toy.json", 48, PHOTO, "this repository"),     # under assets/
+
+    # Lies under assets/, not under the root.
+    "toy": Row("toy", ("images",), "json", "split_toy.json", 48, PHOTO, "this repository"),
 }
 
 
-def load_dataset(name, root=None, seed=1):
-    """Read dataset `name` (a key of DATASETS) under `root` (default: the environment's DATA, else ./data).
+def squashed(text):
+    """Lower case, without spaces, `-` and `_`: FGVC-Aircraft and fgvc_aircraft are one."""
+    return re.sub(r"[\s_-]+", "", text).lower()
 
-    seed: only for a split made here because the field's split file is missing (see `own_split`).
-    Returns a Dataset. Raises ValueError for an unknown name or a file with the wrong content, and
-    FileNotFoundError for what is missing; both say in one line what to do.
+
+# Every way to name a dataset, squashed: its key, its folder, CoOp's class for it.
+NAMES = {squashed(name): name for name in DATASETS}
+NAMES |= {squashed(row.folder): name for name, row in DATASETS.items()}
+NAMES |= {"describabletextures": "dtd", "flowers102": "oxford_flowers"}
+
+
+def load_dataset(name, root=None, seed=1):
+    """Read a dataset: one of DATASETS under `root`, or a folder of one's own.
+
+    name: a key of DATASETS in any spelling of NAMES; or an existing folder (`read_own`), which
+    needs a path separator where a known dataset has the same name. root: the folder of the known
+    ones (default: the environment's DATA, else ./data). seed: only for a split made here
+    (`split_folders`). Returns a Dataset. Raises ValueError for an unknown name or a file with the
+    wrong content, and FileNotFoundError for what is missing; both say in one line what to do.
     """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.4)
-        raise ValueError(f"unknown dataset {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else
-                                                          f"known: {', '.join(DATASETS)}"))
-    row = DATASETS[name]
-    root = ASSETS if name == "toy" else data_root(root)
-    folder = os.path.join(root, row.folder)
+    name = os.fspath(name)
+    known = NAMES.get(squashed(name))
+    is_path = os.sep in name or "/" in name
+    if is_path or (known is None and os.path.isdir(name)):
+        return load_own(name, seed)
+    if known is None:
+        raise ValueError(unknown_name(name, root))
+
+    row = DATASETS[known]
+    root = ASSETS if known == "toy" else data_root(root)
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"data root {root} is missing; give --root or set DATA to the folder of {row.folder}/")
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder} is missing; images from {row.source}, laid out as in {GUIDE}")
-    class_names, train, val, test, notes = READERS[row.kind](row, folder, seed)
-    class_names = [class_name.replace("_", " ") for class_name in class_names]
-    untrained = sorted(set(range(len(class_names))) - {item.label for item in train}) if train else []
-    if untrained:
-        raise ValueError(f"{os.path.join(folder, row.split)}: no train image of "
-                         f"{', '.join(class_names[label] for label in untrained)}; get the split again as {GUIDE} says")
-    if len(class_names) != row.classes:
-        notes.append(f"{len(class_names)} classes found, the full dataset has {row.classes}: "
+        raise FileNotFoundError(f"data root {root} is missing; "
+                                f"give --root or set DATA to the folder of {row.folder}/")
+    folder = os.path.join(root, row.folder)
+    with advised(f"images come from {row.source}, split files and layout from {GUIDE}"):
+        if not os.path.isdir(folder):
+            raise missing_dataset(known, root, folder)
+        parts = READERS[row.kind](row, folder, seed)
+        parts = with_clean_names(parts, os.path.join(folder, row.split))
+    notes = list(parts.notes)
+    if len(parts.class_names) != row.classes:
+        notes.append(f"{len(parts.class_names)} classes found, the full dataset has {row.classes}: "
                      "figures on it do not compare with published ones")
-    return Dataset(name, folder, class_names, train, val, test, [f"{name}: {note}" for note in notes])
+    return as_dataset(known, folder, parts, notes)
+
+
+def load_own(path, seed):
+    """A dataset of one's own, from its folder: see `load_dataset` and `read_own`."""
+    folder = os.path.abspath(os.path.expanduser(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"the dataset's folder {path} does not exist")
+    with advised(OWN_LAYOUT):
+        parts = with_clean_names(read_own(folder, seed), folder)
+        if len(parts.class_names) < 2:
+            raise ValueError(f"{folder} has one class alone, {parts.class_names[0]!r}")
+    notes = ["a dataset of one's own: its figures compare with nobody's", *parts.notes]
+    return as_dataset(own_name(folder), folder, parts, notes)
+
+
+def own_name(folder):
+    """The folder's own name, safe as a folder's name, and never a known dataset's."""
+    name = re.sub(r"[^\w.-]+", "-", os.path.basename(folder)).strip(".-")[:100]
+    if not name:
+        return "own"
+    if squashed(name) in NAMES:
+        return f"own-{name}"
+    return name
+
+
+def as_dataset(name, folder, parts, notes):
+    notes = [f"{name}: {note}" for note in notes]
+    return Dataset(name, folder, parts.class_names, parts.train, parts.val, parts.test, notes)
+
+
+def with_clean_names(parts, split):
+    """Class names as CLIP reads them. ValueError where a class has no image to learn from."""
+    class_names = [class_name.replace("_", " ") for class_name in parts.class_names]
+    if parts.train:
+        learnt = {item.label for item in parts.train}
+        untrained = [name for label, name in enumerate(class_names) if label not in learnt]
+        if untrained:
+            raise ValueError(f"{split} has no train image of {', '.join(untrained)}")
+    return parts._replace(class_names=class_names)
+
+
+def unknown_name(name, root):
+    inside = os.path.join(data_root(root), name)
+    if os.path.isdir(inside):
+        return (f"unknown dataset {name!r}; for a dataset of your own give its folder: "
+                f"--dataset {inside}")
+    near = difflib.get_close_matches(name.lower(), DATASETS, n=3, cutoff=0.4)
+    if near:
+        return f"unknown dataset {name!r}; did you mean {' or '.join(near)}?"
+    return f"unknown dataset {name!r}, and no folder; known: {', '.join(DATASETS)}"
+
+
+def missing_dataset(name, root, folder):
+    """The error for a dataset's folder that is not there, or has another of its names."""
+    for other in subfolders(root):
+        if NAMES.get(squashed(other)) == name:
+            found = os.path.join(root, other)
+            return Misplaced(f"{folder} is missing, but {found} is there: rename it to "
+                             f"{os.path.basename(folder)}")
+    return FileNotFoundError(f"{folder} is missing")
 
 
 def data_root(root=None):
     return os.path.expanduser(root or os.environ.get("DATA") or "data")
 
 
-# ---------------------------------------------------------------- readers: one per kind of layout
-# Each takes (row, folder, seed) and returns class names, train, val, test and notes.
+class Misplaced(FileNotFoundError):
+    """A file that is not where it belongs. The message says what to move: nothing is to be got."""
+
+
+@contextlib.contextmanager
+def advised(advice):
+    """Adds to what a reader raises, the fact alone, what to do about it."""
+    try:
+        yield
+    except Misplaced:
+        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; {advice}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from None
+
+
+# -------------------------------------------------------------------------- readers: one per layout
+
+class Parts(NamedTuple):
+    """What a reader returns."""
+    class_names: list              # index = label
+    train: list                    # of Item
+    val: list
+    test: list
+    notes: list = []
+
 
 def read_json_split(row, folder, seed):
-    """`{"train": [[path, label, class name], ...], "val": [...], "test": [...]}`, paths relative to the images."""
+    """A `split_zhou_*.json`; where it is missing and the field's recipe will do, an own split."""
     images = images_folder(row, folder)
     file = os.path.join(folder, row.split)
-    if not os.path.isfile(file):
-        if not row.own_split:
-            raise FileNotFoundError(f"{file} is missing; download it as {GUIDE} says (no split is made up for this dataset)")
-        return own_split(row, images, seed)
-    again = f"download it again as {GUIDE} says"
-    split = read_json_object(file, again)
-    if not all(isinstance(split.get(part), list) for part in ("train", "val", "test")):
-        raise ValueError(f"{file} must have three lists: train, val and test; {again}")
-    names, parts = {}, []
-    for part in ("train", "val", "test"):
-        items = []
-        for i, entry in enumerate(split[part]):
-            if not isinstance(entry, list) or [type(value) for value in entry] != [str, int, str]:
-                raise ValueError(f"{file}: row {i} of {part} is {str(entry)[:80]}, expected [path, label, class name]")
-            path, label, class_name = entry
-            if names.setdefault(label, class_name) != class_name:
-                raise ValueError(f"{file}: label {label} is called both {names[label]!r} and {class_name!r}")
-            items.append(Item(os.path.join(images, path), label))
-        parts.append(items)
-    if not parts[0] or not parts[2]:
-        raise ValueError(f"{file}: train or test is empty; {again}")
-    if sorted(names) != list(range(len(names))):
-        gap = next(label for label in range(len(names)) if label not in names)
-        raise ValueError(f"{file}: labels must run from 0 to {len(names) - 1} without a gap, label {gap} is not there")
-    check_images([item.source for items in parts for item in items], file, row)
-    return [names[label] for label in range(len(names))], *parts, []
+    if os.path.isfile(file):
+        return read_split_file(file, [images], os.path.dirname(folder))
+    error = not_there(f"{file} is missing", file, os.path.dirname(folder))
+    if isinstance(error, Misplaced) or not row.own_split:
+        raise error
+    if not os.path.isdir(images):
+        raise missing_images(images)
+    class_folders, parts = split_folders(images, row.leave_out, seed)
+    note = (f"{row.split} is missing, so an OWN SPLIT was made (seed {seed}): figures on it do not "
+            f"compare with published ones; the field's split file: {GUIDE}")
+    class_names = [row.rename.get(name, name) for name in class_folders]
+    return parts._replace(class_names=class_names, notes=[note])
 
 
-def own_split(row, images, seed):
-    """The field's recipe for folder-per-class sets: classes sorted by folder, 50% train, 20% val, the rest test."""
+def read_split_file(file, folders, top):
+    """`{"train": [[path, label, class name], ...], "val": [...], "test": [...]}`, as Parts.
+
+    Paths are relative to the first of `folders` that has some of them. top: where to look for
+    images that are not there.
+    """
+    split = read_json_object(file)
+    names = names_of_split(split, file)
+
+    # Some were written on Windows.
+    paths = {part: [row[0].replace("\\", "/") for row in split[part]] for part in SPLIT}
+    images = folders[-1]
+    for folder in reversed(folders):
+        if any(os.path.exists(os.path.join(folder, path)) for path in paths["train"][:20]):
+            images = folder
+    prefix = needless_prefix(paths["train"][0], images)
+    parts = {part: [] for part in SPLIT}
+    for part in SPLIT:
+        for path, (_, label, _) in zip(paths[part], split[part]):
+            source = os.path.join(images, path.removeprefix(prefix))
+            parts[part].append(Item(source, label))
+    check_images([item.source for part in SPLIT for item in parts[part]], file, top)
+    return Parts([names[label] for label in range(len(names))], **parts)
+
+
+SPLIT = ("train", "val", "test")
+
+
+def names_of_split(split, file):
+    """dict label -> class name. ValueError where `split` has not the form of `read_split_file`."""
+    names = {}
+    for part in SPLIT:
+        if not isinstance(split.get(part), list):
+            raise ValueError(f"{file} must have three lists: train, val and test")
+        for i, row in enumerate(split[part]):
+            if not isinstance(row, list) or [type(value) for value in row] != [str, int, str]:
+                raise ValueError(f"{file}: row {i} of {part} is {str(row)[:80]}, "
+                                 "expected [path, label, class name]")
+            _, label, class_name = row
+            known = names.setdefault(label, class_name)
+            if known != class_name:
+                raise ValueError(f"{file}: label {label} is called both {known!r} and "
+                                 f"{class_name!r}")
+    if not split["train"] or not split["test"]:
+        raise ValueError(f"{file}: train or test is empty")
+    for label in range(len(names)):
+        if label not in names:
+            raise ValueError(f"{file}: labels must run from 0 to {len(names) - 1} without a gap, "
+                             f"label {label} is not there")
+    return names
+
+
+def needless_prefix(path, images):
+    """What stands before the paths of a split that name the images folder themselves, else "".
+
+    "data/eurosat/2750/River/River_7.jpg", for images in .../2750, gives "data/eurosat/2750/".
+    """
+    before, folder, _ = path.rpartition(f"{os.path.basename(images)}/")
+    if not folder or os.path.exists(os.path.join(images, path)):
+        return ""
+    return before + folder
+
+
+def split_folders(images, leave_out, seed):
+    """The field's recipe for folder-per-class sets: 50 % train, 20 % val, the rest test.
+
+    Classes are sorted by folder, their sorted images shuffled with `random.Random(seed)`. Returns
+    the class folders' names and Parts.
+    """
     rng = random.Random(seed)
-    class_folders = [name for name in subfolders(images) if name not in row.leave_out]
+    class_folders = [name for name in subfolders(images) if name not in leave_out]
+    if not class_folders:
+        raise FileNotFoundError(f"{images} has no class folders")
     train, val, test = [], [], []
     for label, class_folder in enumerate(class_folders):
-        items = [Item(path, label) for path in image_files(os.path.join(images, class_folder))]
+        folder = os.path.join(images, class_folder)
+        items = [Item(path, label) for path in image_files(folder)]
         if len(items) < 4:
-            raise ValueError(f"{os.path.join(images, class_folder)}: {len(items)} images are too few to split into "
-                             f"train, val and test; unpack it again from {row.source}")
+            raise ValueError(f"{folder}: {len(items)} images are too few to split into train, val "
+                             "and test (at least 4)")
         rng.shuffle(items)
-        n_train, n_val = round(0.5 * len(items)), round(0.2 * len(items))
+        n_train = round(0.5 * len(items))
+        n_val = round(0.2 * len(items))
         train += items[:n_train]
         val += items[n_train:n_train + n_val]
         test += items[n_train + n_val:]
-    if not class_folders:
-        raise FileNotFoundError(f"{images} has no class folders; unpack the images from {row.source}")
-    note = (f"{row.split} is missing, so an OWN SPLIT was made (seed {seed}): figures on it do not compare with "
-            f"published ones; the field's split file: {GUIDE}")
-    return [row.rename.get(name, name) for name in class_folders], train, val, test, [note]
+    return class_folders, Parts(class_folders, train, val, test)
 
 
 def read_aircraft(row, folder, seed):
-    """variants.txt: class names, line order = label; images_variant_{train,val,test}.txt: `<id> <variant>`."""
-    images = images_folder(row, folder)
-    class_names = read_lines(os.path.join(folder, row.split), row)
+    """variants.txt: class names, line order = label; images_variant_<part>.txt: `id variant`."""
+    images, top = images_folder(row, folder), os.path.dirname(folder)
+    class_names = read_lines(os.path.join(folder, row.split), top)
     labels = {class_name: label for label, class_name in enumerate(class_names)}
     parts = []
     for part in ("train", "val", "test"):
-        file, items = os.path.join(folder, f"images_variant_{part}.txt"), []
-        for line in read_lines(file, row):
+        file = os.path.join(folder, f"images_variant_{part}.txt")
+        items = []
+        for line in read_lines(file, top):
             image_id, _, variant = line.partition(" ")
             if variant not in labels:
-                raise ValueError(f"{file}: variant {variant!r} of image {image_id} is not in {row.split}")
+                raise ValueError(f"{file}: variant {variant!r} of image {image_id} is not in "
+                                 f"{row.split}")
             items.append(Item(os.path.join(images, image_id + ".jpg"), labels[variant]))
-        check_images([item.source for item in items], file, row)
+        check_images([item.source for item in items], file, top)
         parts.append(items)
-    return class_names, *parts, []
+    return Parts(class_names, *parts)
 
 
 def read_imagenet(row, folder, seed):
-    """images/{train,val}/<wnid>/; label = place among the sorted wnids of classnames.txt; test = val, no val."""
-    images, names = images_folder(row, folder), read_classnames(row, folder)
-    train, test = (read_class_folders(row, os.path.join(images, part), sorted(names), names) for part in ("train", "val"))
-    return [names[wnid] for wnid in sorted(names)], train, [], test, []
+    """images/{train,val}/<wnid>/; label = place among classnames.txt's sorted wnids; test = val."""
+    images = images_folder(row, folder)
+    names, notes = read_classnames(row, folder)
+    wnids = sorted(names)
+    top = os.path.dirname(folder)
+    train = read_class_folders(os.path.join(images, "train"), wnids, names, row.split, top)
+    test = read_class_folders(os.path.join(images, "val"), wnids, names, row.split, top)
+    return Parts([names[wnid] for wnid in wnids], train, [], test, notes)
 
 
 def read_variant(row, folder, seed):
-    """The test-only ImageNet variants: a folder per wnid (all, or 200 of them) or per number (ImageNetV2)."""
-    images, names = images_folder(row, folder), read_classnames(row, folder)
-    class_folders = sorted(names)                              # "wnids"
-    if row.kind == "numbered":                                 # label = line of classnames.txt
+    """The test-only ImageNet variants: a folder per wnid (all, or 200) or number (ImageNetV2)."""
+    images = images_folder(row, folder)
+    names, notes = read_classnames(row, folder)
+    if row.kind == "wnids":
+        class_folders = sorted(names)
+    elif row.kind == "numbered":                            # label = line of classnames.txt
         names = {str(label): class_name for label, class_name in enumerate(names.values())}
         class_folders = list(names)
-    elif row.kind == "some wnids":                             # labels 0..199 among the wnids that are there
+    else:  # labels 0..199 among the wnids that are there
+        if not os.path.isdir(images):
+            raise missing_images(images)
         class_folders = [wnid for wnid in subfolders(images) if wnid in names]
         if not class_folders:
-            raise FileNotFoundError(f"{images} has no class folders; unpack the images from {row.source}")
-    return [names[name] for name in class_folders], [], [], read_class_folders(row, images, class_folders, names), []
+            raise FileNotFoundError(f"{images} has no class folders")
+    test = read_class_folders(images, class_folders, names, row.split, os.path.dirname(folder))
+    return Parts([names[name] for name in class_folders], [], [], test, notes)
+
+
+READERS = {"json": read_json_split, "aircraft": read_aircraft, "imagenet": read_imagenet,
+           "wnids": read_variant, "some wnids": read_variant, "numbered": read_variant}
+
+# Names that only ImageNet's old list has; the field's is CLIP's (rooster, American robin, ...).
+OLD_NAMES = ("cock", "robin", "water ouzel", "european fire salamander", "common newt", "eft",
+             "bullfrog", "loggerhead", "common iguana", "american chameleon", "drake", "maillot")
+
+
+def read_classnames(row, folder):
+    """classnames.txt, `wnid name with spaces` a line: dict wnid -> name, in file order; and notes.
+
+    Two classes may share a name (missile, sunglasses): labels come from wnids, never from names.
+    """
+    file = os.path.join(folder, row.split)
+    if not os.path.isfile(file):
+        shared = os.path.join(os.path.dirname(folder), "imagenet", row.split)
+        if os.path.isfile(shared):                          # the guide copies it from there
+            file = shared
+    names, notes = {}, []
+    for line in read_lines(file, os.path.dirname(folder)):
+        wnid, _, class_name = line.partition(" ")
+        if not class_name.strip() or wnid in names:
+            raise ValueError(f"{file}: line {line!r} has no class name or repeats a wnid")
+        names[wnid] = class_name.strip()
+    old = [name for name in names.values() if name.split(",")[0].lower() in OLD_NAMES]
+    if old:
+        notes.append(f"{file} has ImageNet's old class names, such as {old[0]!r}, where CLIP's "
+                     "list has others: figures on it do not compare with published ones; CLIP's: "
+                     f"{GUIDE}")
+    return names, notes
+
+
+VALPREP = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
+
+
+def read_class_folders(images, class_folders, names, listed_in, top, named=()):
+    """Items of one part, label = index in class_folders.
+
+    No class may be missing or unknown: labels would shift. names: class folder -> class name, of
+    all that `listed_in` has. top, named: as in `not_there`.
+    """
+    present = []
+    if os.path.isdir(images):
+        present = subfolders(images)
+        if not present and list_images(images):
+            raise Misplaced(f"{images} is flat: its images lie there without class folders; sort "
+                            "them into one folder per class (for ImageNet's val run there: "
+                            f"{VALPREP})")
+    missing = [name for name in class_folders if name not in present]
+    if missing:
+        fact = (f"{images}: {len(missing)} of {len(class_folders)} class folders are missing, the "
+                f"first: {missing[0]} ({names[missing[0]]})")
+        raise not_there(fact, os.path.join(images, missing[0]), top, named)
+    unknown = [name for name in present if name not in names and re.fullmatch(r"n?\d+", name)]
+    if unknown:
+        raise ValueError(f"{images}: class folder {unknown[0]} is not in {listed_in}")
+    items = []
+    for label, name in enumerate(class_folders):
+        items += [Item(path, label) for path in image_files(os.path.join(images, name))]
+    return items
+
+
+# --------------------------------------------------------------------------- a dataset of one's own
+
+OWN_LAYOUT = ("a dataset of your own is a folder per class; or train/ and test/ (and val/) with a "
+              "folder per class each; or images and a split.json in the field's format")
+OWN_PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+def read_own(folder, seed):
+    """Any of the layouts of OWN_LAYOUT. Returns Parts."""
+    split = os.path.join(folder, "split.json")
+    if os.path.isfile(split):
+        folders = [os.path.join(folder, "images"), folder]
+        return read_split_file(split, folders, os.path.dirname(folder))
+    inside = subfolders(folder)
+    parts = own_parts(folder, inside)
+    if parts:
+        return read_own_parts(parts, folder)
+    if not inside and list_images(folder):
+        raise ValueError(f"{folder} has images without class folders")
+    if len(inside) == 1:
+        only = os.path.join(folder, inside[0])
+        if subfolders(only):
+            raise Misplaced(f"{folder} has one folder alone, {inside[0]}: if the classes lie in "
+                            f"it, give --dataset {only}")
+        raise ValueError(f"{folder} has one class folder alone, {inside[0]}: two are the least")
+    class_folders, parts = split_folders(folder, (), seed)
+    note = (f"an own split was made (seed {seed}): half of each class's images train, 20 % val, "
+            "the rest test")
+    class_names = [own_class_name(name) for name in class_folders]
+    return parts._replace(class_names=class_names, notes=[note])
+
+
+def own_class_name(folder):
+    """A class folder's name without the number that fixes its place: 001.Black_footed_Albatross."""
+    return re.sub(r"^(\d{3,}\.|\d+\.(?=\D))\s*(?=.)", "", folder)
+
+
+def own_parts(folder, inside):
+    """dict "train", "val", "test" -> folder, where a train/ has class folders; else {}."""
+    parts = {}
+    for part, names in OWN_PARTS.items():
+        for name in names:
+            if name in inside:
+                parts.setdefault(part, os.path.join(folder, name))
+    if "train" not in parts or not subfolders(parts["train"]):
+        return {}
+    return parts
+
+
+def read_own_parts(parts, folder):
+    """train/ and test/ (and val/), with the same folder per class each."""
+    notes = []
+    if "test" not in parts:
+        if "val" not in parts:
+            raise FileNotFoundError(f"{folder} has train/, but no test/")
+        parts = {"train": parts["train"], "test": parts["val"]}
+        notes.append("it has no test/, so it is tested on its validation images")
+    class_folders = subfolders(parts["train"])
+    names = {name: own_class_name(name) for name in class_folders}
+    items = {"val": []}
+    for part, images in parts.items():
+        unknown = sorted(set(subfolders(images)) - set(names))
+        if unknown:
+            raise ValueError(f"{images}: class folder {unknown[0]} is not in {parts['train']}")
+        items[part] = read_class_folders(images, class_folders, names, "train/",
+                                         os.path.dirname(folder), parts.values())
+    return Parts(list(names.values()), items["train"], items["val"], items["test"], notes)
+
+
+# ---------------------------------------------------------------------------- files and folders
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+
+
+def images_folder(row, folder):
+    """The first of the row's images folders that is there (and has folders, where mirrors differ).
+
+    Where none is, the first: what is missing in it is found out, and told, by who reads it.
+    """
+    candidates = [os.path.join(folder, name) if name else folder for name in row.images]
+    for path in candidates:
+        if os.path.isdir(path) and (len(candidates) == 1 or subfolders(path)):
+            return path
+    return candidates[0]
+
+
+def missing_images(images):
+    """The error for a missing images folder, where no file says what should lie in it."""
+    folder = os.path.dirname(images)
+    others = subfolders(folder)
+    if len(others) != 1:
+        return FileNotFoundError(f"{images} is missing")
+    other = os.path.join(folder, others[0])
+    return Misplaced(f"{images} is missing, but {other} is there: if it holds the images, "
+                     f"rename it to {os.path.basename(images)}")
+
+
+def subfolders(folder):
+    """Sorted names of the folders in `folder`, without hidden ones (.git, __MACOSX)."""
+    names = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith((".", "__")) and entry.is_dir():
+                names.append(entry.name)
+    return sorted(names)
+
+
+def list_images(folder):
+    """Sorted names of the images in a folder, without hidden ones (._x.jpg)."""
+    names = []
+    for name in os.listdir(folder):
+        if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            names.append(name)
+    return sorted(names)
+
+
+def image_files(folder):
+    """Sorted paths of the images in a folder. FileNotFoundError where there are none."""
+    names = list_images(folder)
+    if not names:
+        raise FileNotFoundError(f"folder {folder} holds no images")
+    return [os.path.join(folder, name) for name in names]
 
 
 def pictures_in(path):
-    """The image files that a path names: itself, or those in a folder, sorted. FileNotFoundError for none."""
+    """The image files that a path names, sorted: itself, or those in a folder.
+
+    FileNotFoundError for none.
+    """
     if os.path.isdir(path):
         return image_files(path)
     if not os.path.isfile(path):
@@ -259,71 +631,12 @@ def pictures_in(path):
     return [path]
 
 
-READERS = {"json": read_json_split, "aircraft": read_aircraft, "imagenet": read_imagenet,
-           "wnids": read_variant, "some wnids": read_variant, "numbered": read_variant}
+def check_images(paths, file, top):
+    """FileNotFoundError unless all `paths`, named by the split file `file`, are there.
 
-
-def read_classnames(row, folder):
-    """classnames.txt, `wnid name with spaces` a line. Returns dict wnid -> name, in file order.
-
-    Two classes may share a name (missile, sunglasses): labels come from wnids, never from names.
+    One listing a folder: asking for each file is slow over a network. top: where to look for them
+    instead.
     """
-    file = os.path.join(folder, row.split)
-    shared = os.path.join(os.path.dirname(folder), "imagenet", row.split)      # the guide copies it from there
-    file = shared if os.path.isfile(shared) and not os.path.isfile(file) else file
-    names = {}
-    for line in read_lines(file, row):
-        wnid, _, class_name = line.partition(" ")
-        if not class_name.strip() or wnid in names:
-            raise ValueError(f"{file}: line {line!r} has no class name or repeats a wnid; download it again as {GUIDE} says")
-        names[wnid] = class_name.strip()
-    return names
-
-
-def read_class_folders(row, images, class_folders, names):
-    """Items of one part, label = index in class_folders. No class may be missing or unknown: labels would shift."""
-    if not os.path.isdir(images):
-        raise FileNotFoundError(f"{images} is missing; images from {row.source}, laid out as in {GUIDE}")
-    present = set(subfolders(images))
-    missing = [name for name in class_folders if name not in present]
-    if missing:
-        raise FileNotFoundError(
-            f"{images}: {len(missing)} of {len(class_folders)} class folders are missing, the first: {missing[0]} "
-            f"({names[missing[0]]}); unpack the images from {row.source}, one folder per class as in {GUIDE}")
-    unknown = sorted(name for name in present - set(names) if re.fullmatch(r"n?\d+", name))
-    if unknown:
-        raise ValueError(f"{images}: class folder {unknown[0]} is not in {row.split}; get {row.split} again as {GUIDE} says")
-    return [Item(path, label) for label, name in enumerate(class_folders)
-            for path in image_files(os.path.join(images, name))]
-
-
-# --------------------------------------------------------------------------- files and folders
-
-def images_folder(row, folder):
-    candidates = [os.path.join(folder, name) if name else folder for name in row.images]
-    for path in candidates:
-        if os.path.isdir(path) and (len(candidates) == 1 or subfolders(path)):
-            return path
-    raise FileNotFoundError(f"{candidates[0]} is missing; unpack the images from {row.source} there, as in {GUIDE}")
-
-
-def subfolders(folder):
-    """Sorted names of the folders in `folder`, without hidden ones (.git, __MACOSX)."""
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if not e.name.startswith((".", "__")) and e.is_dir())
-
-
-def image_files(folder):
-    """Sorted paths of the images in a class folder: other and hidden files (.DS_Store, ._x.jpg) left out."""
-    extensions = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-    files = [f for f in sorted(os.listdir(folder)) if f.lower().endswith(extensions) and not f.startswith(".")]
-    if not files:
-        raise FileNotFoundError(f"folder {folder} holds no images; unpack it again")
-    return [os.path.join(folder, f) for f in files]
-
-
-def check_images(paths, file, row):
-    """Are all `paths`, named by the split file `file`, there? One listing a folder: a stat each is slow over NFS."""
     listings, missing = {}, []
     for path in paths:
         folder, name = os.path.split(path)
@@ -332,57 +645,174 @@ def check_images(paths, file, row):
         if name not in listings[folder]:
             missing.append(path)
     if missing:
-        raise FileNotFoundError(f"{file} names {len(paths)} images, {len(missing)} of them missing, the first: "
-                                f"{missing[0]}; unpack the images again from {row.source}")
+        fact = (f"{file} names {len(paths)} images, {len(missing)} of them missing, the first: "
+                f"{missing[0]}")
+        raise not_there(fact, missing[0], top, set(listings))
 
 
-def read_lines(file, row):
+def read_lines(file, top):
+    """The lines of a text file, without blank ones. top: where to look if it is not there."""
     if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file} is missing; get it from {row.source} or as {GUIDE} says")
-    with open(file, encoding="utf-8-sig") as f:
-        lines = [line.strip() for line in f if line.strip()]
+        raise not_there(f"{file} is missing", file, top)
+    try:
+        with open(file, encoding="utf-8-sig") as f:
+            lines = [line.strip() for line in f if line.strip()]
+    except UnicodeDecodeError as error:
+        reason = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{file} is not UTF-8 text ({reason})") from None
     if not lines:
-        raise ValueError(f"{file} is empty; get it again from {row.source} or as {GUIDE} says")
+        raise ValueError(f"{file} is empty")
     return lines
 
 
-def read_json_object(file, advice):
+def read_json_object(file):
+    """A JSON object as a dict. ValueError for anything else."""
     try:
         with open(file, encoding="utf-8-sig") as f:
             value = json.load(f)
-    except (ValueError, RecursionError) as error:              # JSONDecodeError, UnicodeDecodeError, a million brackets
-        raise ValueError(f"{file} is not JSON ({error}); {advice}") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a million brackets
+        raise ValueError(f"{file} is not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}, not a JSON object; {advice}")
+        raise ValueError(f"{file} holds a {type(value).__name__}, not a JSON object")
     return value
 
 
-# ------------------------------------------------------------- few-shot subsets, base and novel classes
+# What is missing is often there, one folder off: Kaggle's Stanford Cars has cars_train/cars_train/,
+# some have EuroSAT_RGB/ for 2750/, or .JPG for .jpg. Then nothing is to be unpacked again.
+
+LOOSE = 2       # parts of a path, the dataset's folder and the images', that may have any name
+
+
+def not_there(fact, path, top, named=()):
+    """The error for a missing `path`: Misplaced where it is near, else FileNotFoundError.
+
+    Looks in the folder `top` and below. named: folders that belong where they are, so that none
+    is taken for the missing one under another name.
+    """
+    try:
+        parts = pathlib.Path(path).relative_to(top).parts
+    except ValueError:                                      # not below top
+        parts = ()
+    for i, part in enumerate(parts):
+        here = os.path.join(top, *parts[:i])
+        if not os.path.isdir(here):
+            break
+        loose = i < LOOSE < len(parts) and not has_named(here, part, named)
+        move = near(here, part, parts[i + 1:], loose)
+        if move:
+            return Misplaced(f"{fact}; {move}")
+    return FileNotFoundError(fact)
+
+
+def has_named(here, part, named):
+    """Does `here` have one of the `named` folders, beside the one that is called `part`?"""
+    for folder in named:
+        if not str(folder).startswith(os.path.join(here, "")):
+            continue
+        child = pathlib.Path(folder).relative_to(here).parts[0]
+        if child != part and os.path.isdir(os.path.join(here, child)):
+            return True
+    return False
+
+
+def near(here, part, rest, loose):
+    """How here/part/rest could come to be there, where `part` alone is amiss; None for not at all.
+
+    rest: the parts behind it, () where `part` is the file's own name. loose: any other name will
+    do. A class's folder must only differ in case and the like: its neighbour has files of the same
+    names.
+    """
+    move = in_another_case(here, part, rest) or one_deeper(here, part, rest)
+    if move is None and loose and rest:
+        move = in_another_folder(here, part, rest) or one_higher(here, part, rest)
+    return move
+
+
+def in_another_case(here, part, rest):
+    """Images/ for images/, x.JPG for x.jpg."""
+    for other in sorted(os.listdir(here)):
+        found = os.path.join(here, other)
+        if other == part or not same_but_case(other, part, rest):
+            continue
+        if os.path.exists(os.path.join(found, *rest)):
+            return rename(found, os.path.join(here, part), rest)
+    return None
+
+
+def one_deeper(here, part, rest):
+    for other in subfolders(here):
+        found = os.path.join(here, other)
+        if other != part and os.path.exists(os.path.join(found, part, *rest)):
+            return f"it is one folder deeper: move what is in {found} up into {here}"
+    return None
+
+
+def in_another_folder(here, part, rest):
+    for other in subfolders(here):
+        found = os.path.join(here, other)
+        if other != part and os.path.exists(os.path.join(found, *rest)):
+            return rename(found, os.path.join(here, part), rest)
+    return None
+
+
+def one_higher(here, part, rest):
+    if not os.path.exists(os.path.join(here, *rest)):
+        return None
+    found = os.path.join(here, rest[0])
+    wanted = os.path.join(here, part)
+    return f"it is one folder higher: move {found}, and what belongs beside it, into {wanted}"
+
+
+def same_but_case(name, other, rest):
+    """Do two names differ in case, `-`, `_`, spaces alone; or two images' in the extension too?"""
+    if squashed(name) == squashed(other):
+        return True
+    stem, extension = os.path.splitext(name)
+    other_stem, other_extension = os.path.splitext(other)
+    both_images = extension.lower() in EXTENSIONS and other_extension.lower() in EXTENSIONS
+    return not rest and both_images and squashed(stem) == squashed(other_stem)
+
+
+def rename(found, wanted, rest):
+    if os.path.isdir(wanted):
+        return f"it is in {found}: move what is in there into {wanted}"
+    name = os.path.basename(wanted)
+    if rest or not name.lower().endswith(EXTENSIONS):
+        return f"{found} is there: rename it to {name}"
+    return f"{found} is there: rename it to {name}, and the others like it"
+
+
+# ------------------------------------------------------------------------- few-shot, base and novel
 
 def few_shot(train, val, shots=16, seed=1):
     """CoOp's own picks for this seed: `shots` train and min(shots, 4) val items of every class.
 
-    Do it over all classes, before base and novel are cut apart: both draw from one stream, in the order in
-    which labels first appear. A class with fewer images gives all it has. Returns (train items, val items).
+    Do it over all classes, before base and novel are cut apart: both draw from one stream, in the
+    order in which labels first appear. A class with fewer images gives all it has. Returns (train
+    items, val items).
     """
     if shots < 1:
         raise ValueError(f"shots must be at least 1, not {shots}")
-    rng = random.Random(seed)                                  # the stream of random.seed(seed)
+    rng = random.Random(seed)                               # the stream of random.seed(seed)
 
     def pick(items, n):
         by_label, picked = {}, []
         for item in items:
             by_label.setdefault(item.label, []).append(item)
         for same_label in by_label.values():
-            picked += rng.sample(same_label, n) if len(same_label) >= n else same_label
+            if len(same_label) >= n:
+                same_label = rng.sample(same_label, n)
+            picked += same_label
         return picked
 
-    return pick(train, shots), pick(val, min(shots, 4))
+    picked_train = pick(train, shots)
+    picked_val = pick(val, min(shots, 4))
+    return picked_train, picked_val
 
 
 def split_base_novel(class_names):
-    """Labels of the base classes (the first half, rounded up) and of the novel ones: two lists of int."""
-    half = -(-len(class_names) // 2)
+    """Labels of the base classes (the first half, rounded up) and of the novel ones: two lists."""
+    half = math.ceil(len(class_names) / 2)
     return list(range(half)), list(range(half, len(class_names)))
 
 
@@ -391,71 +821,6 @@ def take(items, labels):
     new = {label: i for i, label in enumerate(labels)}
     return [Item(item.source, new[item.label]) for item in items if item.label in new]
 
-
-# -------------------------------------------------------------------------------------- descriptions
-
-def load_descriptions(path, class_names, max_descriptions=10, aliases=None, notes=None):
-    """Sentences that answer "What does a {Class} look like?", from a JSON object: class name -> list of sentences.
-
-    Names match in lower case, with `_`, `-` and spaces alike; keys of no class are ignored; the first
-    `max_descriptions` sentences in file order are taken (blank ones do not count), fewer where a class has fewer.
-    aliases: class -> key of the file, for names that do not match; a dict, or the path of such a JSON object.
-    Returns a list (C) of lists of str. Raises ValueError naming the file and the class, and all the classes
-    without a description at once.
-    """
-    if max_descriptions < 1:
-        raise ValueError(f"--max-descriptions must be at least 1, not {max_descriptions}")
-    found = read_json_object(path, "expected class name -> list of sentences")
-    if aliases is not None and not isinstance(aliases, dict):
-        aliases = read_json_object(aliases, "expected class name -> key of the description file")
-    aliases = {plain(class_name): key for class_name, key in (aliases or {}).items()}
-    keys = {}
-    for key in found:
-        keys.setdefault(plain(key), key)
-    chosen = [keys.get(plain(aliases.get(plain(class_name), class_name))) for class_name in class_names]
-    missing = list(dict.fromkeys(name for name, key in zip(class_names, chosen) if key is None))
-    if missing:
-        raise ValueError(f"{path}: no description of {len(missing)} of {len(class_names)} classes: "
-                         + "; ".join(name + (closest(name, keys) if i < 30 else "") for i, name in enumerate(missing))
-                         + "; add them, or give --aliases FILE with {class: key of the description file}")
-    descriptions = []
-    for key in chosen:
-        sentences = found[key]
-        if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
-            raise ValueError(f"{path}: {key!r} must have a list of sentences, not {json.dumps(sentences)[:60]}")
-        sentences = [" ".join(sentence.split()) for sentence in sentences if sentence.strip()]
-        if not sentences:
-            raise ValueError(f"{path}: the list of {key!r} is empty; write a sentence that answers "
-                             f"\"What does a {key} look like?\"")
-        descriptions.append(sentences[:max_descriptions])
-    return descriptions
-
-
-SHIPPED = os.path.join(ASSETS, "descriptions")
-
-
-def default_descriptions(name):
-    """Path of the description file that comes with the project. Raises FileNotFoundError where there is none."""
-    path = os.path.join(SHIPPED, f"{name}.json")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no descriptions for {name}: give --descriptions FILE (JSON, class -> sentences), or make "
-                                f"{path} with `python data.py describe --dataset {name} --root $DATA --model M`")
-    return path
-
-
-def plain(name):
-    return re.sub(r"[\s_-]+", " ", str(name)).strip().lower()
-
-
-def closest(name, keys):
-    """ " (closest: a, b)": up to two of the plain `keys`, by spelling or by the words they share."""
-    words = set(plain(name).split())
-    shared = [key for key in keys if len(words & set(key.split())) > len(words) / 2]
-    near = list(dict.fromkeys(shared + difflib.get_close_matches(plain(name), keys, n=2, cutoff=0.6)))[:2]
-    return f" (closest: {', '.join(near)})" if near else ""
-
-
-# ---------------------------------------------------------------------------- few-shot tasks
 
 class Task(NamedTuple):
     """What a run learns on and is tested on. Labels count from 0 on each side."""
@@ -469,36 +834,273 @@ class Task(NamedTuple):
 
 
 def few_shot_task(dataset, classes="base", shots=16, seed=1):
-    """CoOp's picks of this seed, cut into base and novel classes. classes: "base", or "all" for no novel ones."""
-    everything = list(range(len(dataset.class_names)))
-    base, novel = split_base_novel(dataset.class_names) if classes == "base" else (everything, [])
+    """CoOp's picks of this seed, cut into base and novel classes; classes="all": no novel ones."""
+    names = dataset.class_names
+    base, novel = list(range(len(names))), []
+    if classes == "base":
+        base, novel = split_base_novel(names)
     picked, _ = few_shot(dataset.train, dataset.val, shots, seed)
     train = take(picked, base)
     notes = list(dataset.notes)
     counts = collections.Counter(item.label for item in train)
     scarce = [label for label in range(len(base)) if counts[label] < shots]
     if train and scarce:
-        notes.append(f"{len(scarce)} of {len(base)} classes have fewer than {shots} training images")
-    return Task([dataset.class_names[label] for label in base], [dataset.class_names[label] for label in novel],
-                train, take(dataset.test, base), take(dataset.test, novel), notes, not dataset.notes)
+        notes.append(f"{len(scarce)} of {len(base)} classes have fewer than {shots} training "
+                     "images")
+    base_names = [names[label] for label in base]
+    novel_names = [names[label] for label in novel]
+    return Task(base_names, novel_names, train, take(dataset.test, base), take(dataset.test, novel),
+                notes, comparable=not dataset.notes)
 
 
 def digests(dataset, task):
     """What a result depends on, in short: a digest each of class names, training and test images.
 
-    An image counts by its path below the dataset's folder and its label. For `Kept` facts in results.
+    An image counts by its path below the dataset's folder and its label.
     """
     def images(items):
-        rows = [(pathlib.Path(os.path.relpath(item.source, dataset.folder)).as_posix(), item.label)
-                for item in items]
+        rows = []
+        for item in items:
+            path = os.path.relpath(item.source, dataset.folder)
+            rows.append((pathlib.Path(path).as_posix(), item.label))
         return digest(rows)
-    return {"class names": digest([task.base_names, task.novel_names]), "training images": images(task.train),
+
+    return {"class names": digest([task.base_names, task.novel_names]),
+            "training images": images(task.train),
             "test images": digest([images(task.test_base), images(task.test_novel)])}
 
 
 def digest(value):
     """16 hexadecimal digits that stand for a value of lists, strings and numbers."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------- descriptions
+
+SHIPPED = os.path.join(ASSETS, "descriptions")
+
+
+def default_descriptions(name):
+    """Path of the description file that comes with the project; FileNotFoundError for none."""
+    path = os.path.join(SHIPPED, f"{name}.json")
+    if not os.path.isfile(path):
+        dataset = name if name in DATASETS else "PATH"
+        raise FileNotFoundError(
+            f"no descriptions come with {name}: make some with `python data.py describe --dataset "
+            f"{dataset} --model M`, and give the file with --descriptions FILE (JSON, class -> "
+            "sentences); --template plain and atprompt need none")
+    return path
+
+
+def load_descriptions(path, class_names, max_descriptions=10, aliases=None, notes=None,
+                      write_aliases=True):
+    """Sentences that answer "What does a {Class} look like?", from JSON: class name -> sentences.
+
+    A class's key is the one that `match_keys` finds. The first `max_descriptions` sentences in
+    file order are taken, fewer where a class has fewer; those without a letter or digit do not
+    count. Keys of no class are ignored. aliases: class -> key of the file, for names that do not
+    match; a dict, or the path of such a JSON file. notes: a list that gets what a user should
+    know; None where nobody wants it. write_aliases: whether an aliases file to fill is written
+    for what does not match, see `aliases_to_fill`. Returns a list (C) of lists of str. Raises
+    ValueError naming the file and the class.
+    """
+    if max_descriptions < 1:
+        raise ValueError(f"--max-descriptions must be at least 1, not {max_descriptions}")
+    with advised("expected class name -> list of sentences"):
+        found = read_json_object(path)
+    given = read_aliases(aliases)
+    chosen, by_words = match_keys(class_names, found, given, path)
+    missing = [name for name in dict.fromkeys(class_names) if name not in chosen]
+    if missing:
+        raise unmatched(path, missing, class_names, given, Closest(found), write_aliases)
+
+    sentences, skipped = {}, 0
+    for key in dict.fromkeys(chosen.values()):
+        sentences[key], without_words = sentences_of(found[key], key, path)
+        skipped += without_words
+    if notes is not None and skipped:
+        notes.append(f"{path}: {skipped} sentences without a letter or digit were skipped")
+    if notes is not None and by_words:
+        notes.append(f"{path}: {by_words} of {len(class_names)} class names were matched by their "
+                     "words, in another order or with other signs between them")
+    return [sentences[chosen[name]][:max_descriptions] for name in class_names]
+
+
+def unmatched(path, missing, class_names, given, closest, write_aliases):
+    """The error for classes without a key: the first ten, how many more, and what to do."""
+    listed = "; ".join(name + closest.told(name) for name in missing[:10])
+    if len(missing) > 10:
+        listed += f"; and {len(missing) - 10} more"
+    todo = None
+    if write_aliases:
+        todo = aliases_to_fill(path, missing, given, closest)
+    if todo is None:
+        todo = "add them, or give --aliases FILE with {class: key of the description file}"
+    return ValueError(f"{path}: no description of {len(missing)} of {len(class_names)} classes: "
+                      f"{listed}; {todo}")
+
+
+def sentences_of(value, key, path):
+    """The sentences of a class, in one line each; and how many were left out as none at all."""
+    if not isinstance(value, list) or not all(isinstance(sentence, str) for sentence in value):
+        raise ValueError(f"{path}: {key!r} must have a list of sentences, not "
+                         f"{json.dumps(value)[:60]}")
+    kept = [" ".join(sentence.split()) for sentence in value if words(sentence)]
+    if not kept:
+        raise ValueError(f"{path}: the list of {key!r} is empty; write a sentence that answers "
+                         f"\"What does a {key} look like?\"")
+    return kept, len(value) - len(kept)
+
+
+def plain(name):
+    """A name as it is compared: in lower case, with `_`, `-` and spaces alike."""
+    return re.sub(r"[\s_-]+", " ", str(name)).strip().lower()
+
+
+def words(text):
+    """Its words and numbers in lower case, sorted: "apse (indoor)" has those of "indoor apse"."""
+    return tuple(sorted(re.findall(r"[^\W_]+", text.lower())))
+
+
+def joined_words(text):
+    """The same, with what signs part as one word: "Ram C/V" and "Ram CV" have the same."""
+    return words(re.sub(r"[^\w\s-]", "", text))
+
+
+def match_keys(class_names, found, aliases, path):
+    """Which key of a description file is whose: dict class name -> key, of the names that match.
+
+    A key is a class's if the class's alias names it; else if it is the same as `plain` sees it;
+    else if it alone has the same words, and no other class has. Two classes of one name
+    (ImageNet's missiles) share a key. Returns the dict, and how many names matched by their
+    words.
+    """
+    keys = {}
+    for key in found:
+        keys.setdefault(plain(key), key)
+    chosen = {}
+    for name in dict.fromkeys(class_names):
+        alias = aliases.get(plain(name))
+        if alias is not None and plain(alias) not in keys:
+            raise ValueError(f"{path} has no key {alias!r}, which the aliases give for {name!r}")
+        key = keys.get(plain(name if alias is None else alias))
+        if key is not None:
+            chosen[name] = key
+    by_name = len(chosen)
+    for form in (words, joined_words):
+        chosen |= match_form(form, class_names, keys, chosen)
+    return chosen, len(chosen) - by_name
+
+
+def match_form(form, class_names, keys, chosen):
+    """dict name -> key, for names without one whose `form` one free key has, and no other name."""
+    taken = set(chosen.values())
+    keys_of = group_by(form, keys.values())
+    names_of = group_by(form, {plain(name): name for name in class_names}.values())
+    matched = {}
+    for name in class_names:
+        own = keys_of.get(form(name), [])
+        alone = form(name) and len(own) == 1 and len(names_of[form(name)]) == 1
+        if name not in chosen and alone and own[0] not in taken:
+            matched[name] = own[0]
+    return matched
+
+
+def group_by(function, values):
+    """dict function(value) -> list of those values."""
+    groups = {}
+    for value in values:
+        groups.setdefault(function(value), []).append(value)
+    return groups
+
+
+def read_aliases(aliases):
+    """dict plain class name -> key, without those still empty. aliases: see `load_descriptions`."""
+    if aliases is None:
+        return {}
+    if not isinstance(aliases, dict):
+        path = aliases
+        with advised("expected class name -> key of the description file"):
+            aliases = read_json_object(path)
+            for class_name, key in aliases.items():
+                if not isinstance(key, str):
+                    raise ValueError(f"{path}: {class_name!r} has {json.dumps(key)[:60]}, "
+                                     "not a key")
+    return {plain(class_name): key for class_name, key in aliases.items() if key.strip()}
+
+
+class Closest:
+    """Keys of a description file that resemble a class name, by shared words or by spelling."""
+
+    def __init__(self, found):
+        self.keys = {plain(key): key for key in found}
+        self.words = {key: set(words(key)) for key in self.keys}
+        self.spellings = 50                                 # to look for: each takes a while
+
+    def __call__(self, name, cutoff=0.6):
+        """Up to two keys. cutoff: how much alike a spelling must be, up to 1 for the same."""
+        own = set(words(name))
+        near = [key for key in self.keys if len(own & self.words[key]) > len(own) / 2]
+        if len(near) < 2 and self.spellings:
+            self.spellings -= 1
+            near += difflib.get_close_matches(plain(name), self.keys, n=2, cutoff=cutoff)
+        return [self.keys[key] for key in list(dict.fromkeys(near))[:2]]
+
+    def told(self, name):
+        """The same as text: " (closest: a, b)"."""
+        near = self(name)
+        if not near:
+            return ""
+        return f" (closest: {', '.join(near)})"
+
+
+def aliases_to_fill(path, missing, given, closest):
+    """Writes aliases-<description file's name>.json to the current directory, for a user to fill.
+
+    missing: class names, which get the closest key or "". given: the aliases of this run, which
+    go in as well. A file with filled values is never written over: the next free number is taken,
+    unless the file has all these classes already. Returns what to do, as text; None where nothing
+    can be written here.
+    """
+    content = dict(given)
+    for name in missing:
+        near = closest(name, cutoff=0.8)                    # accordion is no scorpion
+        content[name] = near[0] if near else ""
+    file = free_aliases_file(path, content)
+    if file.exists() and has_names(file, content):
+        return (f"{file} is there to be filled (class -> key of the description file), for "
+                f"--aliases {file}")
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    try:
+        with written_aside(file) as aside:
+            aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except (OSError, ValueError):                           # the other advice is better than none
+        return None
+    return (f"{file} was written with all of them and the closest keys: correct it, fill it, and "
+            f"give --aliases {file}")
+
+
+def free_aliases_file(path, content):
+    """The first aliases file that has all these classes, has no filled value, or is not there."""
+    stem = pathlib.Path(path).stem
+    for number in itertools.count(1):
+        file = pathlib.Path(f"aliases-{stem}-{number}.json")
+        if number == 1:
+            file = pathlib.Path(f"aliases-{stem}.json")
+        if not file.exists() or has_names(file, content):
+            return file
+        with contextlib.suppress(ValueError, OSError):  # something else that has this name stays
+            if not any(read_json_object(file).values()):
+                return file
+
+
+def has_names(file, content):
+    """Does an aliases file have all the classes of `content`?"""
+    try:
+        there = {plain(name) for name in read_json_object(file)}
+    except (ValueError, OSError):
+        return False
+    return all(plain(name) in there for name in content)
 
 
 # ---------------------------------------------------------------------------- images
@@ -509,7 +1111,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def train_transform(resolution):
     """PIL RGB -> crop (3, R, R), uint8: random resized crop and horizontal flip (S2.2)."""
-    return T.Compose([T.RandomResizedCrop(resolution, scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
+    bicubic = T.InterpolationMode.BICUBIC
+    return T.Compose([T.RandomResizedCrop(resolution, scale=(0.08, 1.0), interpolation=bicubic),
                       T.RandomHorizontalFlip(), T.PILToTensor()])
 
 
@@ -520,7 +1123,7 @@ def test_transform(resolution):
 
 
 def normalize(crops):
-    """Crops (..., 3, R, R) uint8 -> what CLIP reads: float32, by the mean and std of its training images.
+    """Crops (..., 3, R, R) uint8 -> what CLIP reads: float32, by its training images' mean and std.
 
     Crops stay uint8 until here: a quarter of the memory, and of the way to the GPU.
     """
@@ -528,33 +1131,41 @@ def normalize(crops):
 
 
 class BadImage(ValueError):
-    """An image that cannot be read. One line, also when a DataLoader worker wraps it in its traceback."""
+    """An image that cannot be read. One line, also where a worker wraps it in its traceback."""
 
     def __init__(self, message):
         super().__init__(message.strip().splitlines()[-1].split("BadImage: ")[-1])
 
 
 def load_image(path):
-    """An image file as PIL RGB, whatever its mode on disk (grayscale of 8 or 16 bits, CMYK, palette, alpha).
+    """An image file as PIL RGB, whatever its mode on disk (grey of 8 or 16 bits, CMYK, palette).
 
-    Raises BadImage, a ValueError, for a missing, corrupt or truncated file: never skipped, since that would
-    change the few-shot set.
+    Raises BadImage, a ValueError, for a missing, corrupt or truncated file: never skipped, since
+    that would change the few-shot set.
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):                          # 16 bits: PIL would clip them to white
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            if image.mode.startswith("I"):  # I;16, I;16B, I: PIL would clip them to white
+                image = from_16_bits(image)
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:   # SyntaxError: broken PNG
+    # SyntaxError: a broken PNG
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
-        raise BadImage(f"image {path} cannot be read ({reason}); unpack it again, it is not skipped") from None
+        raise BadImage(f"image {path} cannot be read ({reason}); unpack it again, it is not "
+                       "skipped") from None
+
+
+def from_16_bits(image):
+    """A grey PIL image of 16 bits, also where PIL keeps them in 32, scaled to 8."""
+    grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+    return Image.fromarray((grey // 256).astype(np.uint8))
 
 
 class Images(torch.utils.data.Dataset):
     """images[epoch, i] -> (crop (3, R, R) uint8, label) of item i.
 
-    seed: an int; the augmentation then depends on (seed, epoch, i) alone, not on workers or order, and the
-    global generator stays as it was. None: for a transform without chance.
+    seed: an int; the augmentation then depends on (seed, epoch, i) alone, not on workers or
+    order, and the global generator stays as it was. None: for a transform without chance.
     """
 
     def __init__(self, items, transform, seed=None):
@@ -572,8 +1183,10 @@ class Images(torch.utils.data.Dataset):
         if self.seed is None:
             return self.transform(image), label
         mixed = int(np.random.SeedSequence((self.seed, epoch, i)).generate_state(1)[0])
-        with torch.random.fork_rng(devices=[]):             # torchvision's transforms draw from the global one
-            torch.default_generator.manual_seed(mixed)      # torch.manual_seed would reseed CUDA as well
+        # torchvision's transforms draw from the global generator; torch.manual_seed would reseed
+        # CUDA's as well.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mixed)
             return self.transform(image), label
 
 
@@ -597,23 +1210,24 @@ ENCODE_BATCH = 256                  # images that go through the frozen image to
 def loader(images, epochs=(0,), batch_size=ENCODE_BATCH, workers=0):
     """Batches of crops (B, 3, R, R) uint8 and labels (B,), in item order, an epoch after the other.
 
-    One DataLoader, and so one set of worker processes, for the whole run: it reads on into the next epoch
-    while the steps of this one run.
+    One DataLoader, and so one set of worker processes, for the whole run: it reads on into the
+    next epoch while the steps of this one run.
     """
     return torch.utils.data.DataLoader(
         images, batch_sampler=EpochBatches(len(images), epochs, batch_size), num_workers=workers,
-        pin_memory=torch.cuda.is_available(), generator=torch.Generator())      # leaves the global one alone
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator())                        # leaves the global one alone
 
 
 class EpochFeatures:
     """f_I(x) of each epoch's crops, by the frozen image tower, which is the same for every method.
 
-    features[epoch] -> (f (n, d) float32 on CLIP's device, or None; crops (n, 3, R, R) uint8, or None), both
-    in item order. Epochs are asked for in the order of `epochs`.
+    features[epoch] -> (f (n, d) float32 on CLIP's device, or None; crops (n, 3, R, R) uint8, or
+    None), both in item order. Epochs are asked for in the order of `epochs`.
 
     encode: a function normalised images (B, 3, R, R) -> (B, d), or None where nobody needs f.
-    keep_crops: whether the crops are needed (MaPLe). kept: a `KeptFeatures`, or None; what stands there is
-    read, and no image is opened for it.
+    keep_crops: whether the crops are needed (MaPLe). kept: a `KeptFeatures`, or None; what stands
+    there is read, and no image is opened for it.
     """
 
     def __init__(self, images, epochs, encode, device, keep_crops=False, kept=None, workers=0):
@@ -633,7 +1247,7 @@ class EpochFeatures:
             f = f.to(self.device)
         if f is not None and epoch not in self.to_load:
             return f, None
-        parts, crops, n = [], [], 0
+        parts, crops = [], []
         for crop, _ in self._batches_of(epoch):
             if self.keep_crops:
                 crops.append(crop)
@@ -652,21 +1266,24 @@ class EpochFeatures:
         if self.to_load and self.to_load[0] == epoch:
             self.to_load.pop(0)
             return itertools.islice(self.batches, math.ceil(len(self.images) / ENCODE_BATCH))
-        return loader(self.images, [epoch], workers=self.workers)        # its kept file turned out damaged
+        # Its kept file was there, and turned out damaged.
+        return loader(self.images, [epoch], workers=self.workers)
 
 
 class KeptFeatures:
-    """Image features in a folder, for whoever comes next with the same CLIP, images, seed (--feature-cache).
+    """Image features in a folder, for who comes next with the same CLIP, images and seed.
 
-    A file an epoch, about 1 kB an image in float16 and 2 kB in float32. Its name is a digest of all that the
-    features depend on: of `what` (CLIP, precision), the transform, the seed, the epoch, and path, size and time of
-    every image. A file that is damaged or of something else is not believed.
+    A file an epoch, about 1 kB an image in float16 and 2 kB in float32. Its name is a digest of
+    all that the features depend on: of `what` (CLIP, precision), the transform, the seed, the
+    epoch, and path, size and time of every image. A file that is damaged or of something else is
+    not believed.
     """
 
     def __init__(self, folder, what, images):
         self.folder = pathlib.Path(folder)
         stats = [os.stat(item.source) for item in images.items]
-        rows = [[str(item.source), stat.st_size, stat.st_mtime_ns] for item, stat in zip(images.items, stats)]
+        rows = [[str(item.source), stat.st_size, stat.st_mtime_ns]
+                for item, stat in zip(images.items, stats)]
         self.what = digest([what, repr(images.transform), images.seed, rows])
         self.n = len(rows)
 
@@ -679,7 +1296,8 @@ class KeptFeatures:
     def read(self, epoch):
         """(n, d) float32, or None where there is no sound file."""
         try:
-            with np.load(self.path(epoch), allow_pickle=False) as file:     # a zip: it checks its checksums
+            # A zip: it checks its checksums.
+            with np.load(self.path(epoch), allow_pickle=False) as file:
                 features, what = file["features"], str(file["what"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             return None
@@ -695,91 +1313,11 @@ class KeptFeatures:
             np.savez(file, features=features.numpy(), what=self.what)
 
 
-# -------------------------------------------------------------------------------------- command line
-
-def inventory(root):
-    """One line per dataset: found or what is missing."""
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"data root {root} is missing; give --root or set DATA to the folder of the datasets")
-    for name in DATASETS:
-        try:
-            _, _, class_names, train, _, test, notes = load_dataset(name, root)
-        except (ValueError, OSError) as error:
-            print(f"{name:16}-      {' '.join(str(error).split())}", flush=True)
-            continue
-        described = "descriptions found" if train else "test only"
-        try:
-            if train:
-                load_descriptions(default_descriptions(name), class_names)
-        except (ValueError, OSError) as error:
-            described = "no descriptions" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        base, novel = split_base_novel(class_names)
-        print(f"{name:16}found  {len(class_names):4} classes ({len(base)} base, {len(novel)} novel)  {len(train):7} train  "
-              f"{len(test):6} test images  {described}", *(f" [{note.split(': ', 1)[1]}]" for note in notes), flush=True)
-
-
-QUERY = "What does a {} look like?"                            # the paper's, after CuPL
-FORM = ("Answer with {} different sentences, one a line, no numbering and nothing else. Each sentence describes what "
-        "is seen in a photo of it (shape, colour, parts, texture, surroundings), names it, and has at most 30 words.")
-
-
-def describe(name, root, model, base_url=None, output=None, per_class=10):
-    """Ask an OpenAI-compatible server for `per_class` sentences a class; write them to `output` after each class.
-
-    Classes that the file already has are kept, so an interrupted run resumes. The key comes from the
-    environment's OPENAI_API_KEY and is never written or printed. Raises ValueError, OSError.
-    """
-    try:
-        import openai
-    except ImportError:
-        raise ValueError("describe needs the openai client: pip install openai") from None
-    if per_class < 1:
-        raise ValueError(f"--per-class must be at least 1, not {per_class}")
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key and not base_url:
-        raise ValueError("set OPENAI_API_KEY, or give --base-url of a server that needs no key")
-    output = output or os.path.join(SHIPPED, f"{name}.json")
-    found = read_json_object(output, "expected class name -> list of sentences") if os.path.isfile(output) else {}
-    found = {class_name: sentences for class_name, sentences in found.items() if sentences}
-    done = {plain(class_name) for class_name in found}
-    wanted = [c for c in dict.fromkeys(load_dataset(name, root).class_names) if plain(c) not in done]
-    client = openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=120)
-    for class_name in (bar := tqdm(wanted, desc=f"describing {name}", unit="class")):
-        bar.set_postfix_str(class_name)
-        sentences = []
-        for _ in range(3):                                     # a model may give fewer than asked for
-            try:
-                answer = client.chat.completions.create(model=model, messages=[
-                    {"role": "system", "content": FORM.format(per_class)},
-                    {"role": "user", "content": QUERY.format(class_name)}])
-            except openai.OpenAIError as error:
-                reason = " ".join(str(error).split()).replace(key or "\0", "***")
-                raise ValueError(f"{class_name}: {base_url or 'the server'} does not answer ({reason}); "
-                                 f"start again to resume, {output} keeps what is done") from None
-            choices = getattr(answer, "choices", None)         # a server's web page comes back as a str
-            text = choices[0].message.content or "" if choices else ""
-            sentences = list(dict.fromkeys(sentences + read_answer(text)))[:per_class]
-            if len(sentences) == per_class:
-                break
-        if not sentences:
-            raise ValueError(f"{class_name}: {model} gave no sentence in three answers; try another --model, "
-                             "and see that --base-url is the API's (it mostly ends in /v1)")
-        found[class_name] = sentences
-        with written_aside(output) as aside:
-            aside.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(f"{output}: {len(found)} classes, {len(wanted)} of them new")
-
-
-def read_answer(text):
-    """The sentences of an answer, one a line, without a reasoning model's thoughts, numbering, marks and headings."""
-    lines = re.sub(r"<think>.*?</think>", "", text, flags=re.S).splitlines()
-    lines = [re.sub(r"^\s*(?:[-*\u2022]|\d+[.)])\s+", "", line).strip().strip('"*').strip() for line in lines]
-    return [line for line in lines if len(line.split()) > 2 and not line.endswith(":")]
-
+# ---------------------------------------------------------------------------- writing
 
 @contextlib.contextmanager
 def written_aside(path):
-    """Gives a name beside `path` to write to, and renames it at the end: nobody ever sees half a file.
+    """Gives a name beside `path` to write to, and renames it at the end: nobody sees half a file.
 
     On any failure the old file stays as it was. Raises OSError saying what could not be written.
     """
@@ -789,36 +1327,216 @@ def written_aside(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:             # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         reason = " ".join(str(error).split())
-        raise OSError(f"could not write {path} ({reason}); what was finished before is kept: make room or choose another "
-                      "--output, then run the same command again") from error
+        raise OSError(f"could not write {path} ({reason}); what was finished before is kept: make "
+                      "room or choose another --output, then run the same command again") from error
     finally:
         aside.unlink(missing_ok=True)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="What is under the data root; or make a description file.")
-    parser.add_argument("--root", help="folder that holds the datasets (default: the environment's DATA, else ./data)")
+# ---------------------------------------------------------------------- command line: what is there
+
+def inventory(root):
+    """Prints a line per dataset: found, or what is missing."""
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"data root {root} is missing; "
+                                "give --root or set DATA to the folder of the datasets")
+    for name in DATASETS:
+        try:
+            line = found_line(load_dataset(name, root))
+        except (ValueError, OSError) as error:
+            line = "-      " + " ".join(str(error).split())
+        print(f"{name:16}{line}", flush=True)
+
+
+def found_line(dataset):
+    names = dataset.class_names
+    base, novel = split_base_novel(names)
+    line = (f"found  {len(names):4} classes ({len(base)} base, {len(novel)} novel)  "
+            f"{len(dataset.train):7} train  {len(dataset.test):6} test images  "
+            f"{described(dataset)}")
+    for note in dataset.notes:
+        line += f" [{note.removeprefix(dataset.name + ': ')}]"
+    return " ".join(line.splitlines())
+
+
+def described(dataset):
+    """In words, whether the project has descriptions of a dataset's classes."""
+    if not dataset.train:
+        return "test only"
+    try:
+        file = default_descriptions(dataset.name)
+        load_descriptions(file, dataset.class_names, write_aliases=False)
+        return "descriptions found"
+    except FileNotFoundError:
+        return "no descriptions"
+    except (ValueError, OSError) as error:
+        return " ".join(str(error).split())
+
+
+# --------------------------------------------------------------------------- command line: describe
+
+QUERY = "What does a {} look like?"                         # the paper's, after CuPL
+FORM = """\
+Answer the question as {n} different people would who each look at typical pictures of it: \
+{n} different sentences, one a line, without numbering, and nothing else.
+Each sentence alone answers the question. It has 8 to 30 words of plain English, names the thing \
+and says what is seen: its shape, parts, colours, surface and surroundings; of a scene or an \
+action, what is in the picture.
+The sentences differ in their words and in what they stress, not in their subject: what marks the \
+thing comes back in most of them.
+Say nothing that cannot be seen (history, price, use, behaviour over time), nothing that may or \
+may not be so, and no detail that you are not sure of.
+What you say must be true of this thing and not of these, from which it has to be told apart: \
+{neighbours}."""
+
+
+def describe(name, root, model, base_url=None, output=None, per_class=10):
+    """Ask an OpenAI-compatible server for `per_class` sentences a class; write after each class.
+
+    name: as `load_dataset` takes it. output: the file; default: where `default_descriptions`
+    looks, and descriptions-NAME.json in the current directory for a dataset of one's own. Classes
+    that the file already has are kept, so an interrupted run resumes. The key comes from the
+    environment's OPENAI_API_KEY and is never written or printed. Raises ValueError, OSError.
+    """
+    client = openai_client(base_url)
+    if per_class < 1:
+        raise ValueError(f"--per-class must be at least 1, not {per_class}")
+    dataset = load_dataset(name, root)
+    if output is None:
+        output = f"descriptions-{dataset.name}.json"
+        if dataset.name in DATASETS:
+            output = os.path.join(SHIPPED, f"{dataset.name}.json")
+
+    found = {}
+    if os.path.isfile(output):
+        with advised("expected class name -> list of sentences"):
+            found = read_json_object(output)
+    found = {class_name: sentences for class_name, sentences in found.items() if sentences}
+    done = {plain(class_name) for class_name in found}
+    every = list(dict.fromkeys(dataset.class_names))
+    wanted = [class_name for class_name in every if plain(class_name) not in done]
+    bar = tqdm(wanted, desc=f"describing {dataset.name}", unit="class")
+    for class_name in bar:
+        bar.set_postfix_str(class_name)
+        form = FORM.format(n=per_class, neighbours=", ".join(neighbours(class_name, every)))
+        try:
+            found[class_name] = ask(client, model, class_name, form, per_class)
+        except ValueError as error:
+            raise ValueError(f"{class_name}: {error} (at {base_url or 'OpenAI'}); start again to "
+                             f"resume, {output} keeps what is done") from None
+        with written_aside(output) as aside:
+            aside.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(f"{output}: {len(found)} classes, {len(wanted)} of them new")
+
+
+def openai_client(base_url):
+    """A client of the server at `base_url` (None: OpenAI's). ValueError where something lacks."""
+    try:
+        import openai
+    except ImportError:
+        raise ValueError("describe needs the openai client: pip install openai") from None
+    key = api_key()
+    if not key and not base_url:
+        raise ValueError("set OPENAI_API_KEY, or give --base-url of a server that needs no key")
+    return openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=120)
+
+
+def api_key():
+    return os.environ.get("OPENAI_API_KEY", "").strip()
+
+
+def neighbours(class_name, class_names, n=6):
+    """Up to n other classes it may be taken for: those that share words, then those beside it."""
+    own, at = set(words(class_name)), class_names.index(class_name)
+    others = [name for name in class_names if name != class_name]
+    by_distance = sorted(others, key=lambda name: abs(class_names.index(name) - at))
+    by_distance.sort(key=lambda name: -len(own & set(words(name))))     # a stable sort
+    return by_distance[:n]
+
+
+def ask(client, model, class_name, form, per_class):
+    """Up to `per_class` sentences on a class. ValueError where no answer, or no sentence, comes."""
+    import openai
+
+    sentences = []
+    for _ in range(3):                                      # a model may give fewer than asked for
+        try:
+            answer = client.chat.completions.create(model=model, messages=[
+                {"role": "system", "content": form},
+                {"role": "user", "content": QUERY.format(class_name)}])
+        except openai.OpenAIError as error:
+            reason = " ".join(str(error).split())
+            if api_key():
+                reason = reason.replace(api_key(), "***")
+            raise ValueError(f"the server does not answer ({reason})") from None
+        choices = getattr(answer, "choices", None)  # a server's web page comes back as a str
+        text = choices[0].message.content if choices else ""
+        sentences += read_answer(text or "")
+        sentences = list(dict.fromkeys(sentences))[:per_class]
+        if len(sentences) == per_class:
+            break
+    if not sentences:
+        raise ValueError(f"{model} gave no sentence in three answers; try another --model, and see "
+                         "that --base-url is the API's (it mostly ends in /v1)")
+    return sentences
+
+
+def read_answer(text):
+    """The sentences of an answer, one a line, without a model's thoughts, numbering, headings."""
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)
+    sentences = []
+    for line in text.splitlines():
+        line = re.sub(r"^\s*(?:[-*\u2022]|\d+[.)])\s+", "", line)
+        line = line.strip().strip('"*').strip()
+        if len(line.split()) > 2 and not line.endswith(":"):
+            sentences.append(line)
+    return sentences
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description="What is under the data root; or make a description file.")
+    parser.add_argument(
+        "--root",
+        help="folder that holds the datasets (default: the environment's DATA, else ./data)")
     command = parser.add_subparsers(dest="command").add_parser(
-        "describe", help="make a description file", description="Make a description file with an OpenAI-compatible server.")
-    command.add_argument("--dataset", required=True, help="whose classes to describe")
+        "describe", help="make a description file",
+        description="Make a description file with an OpenAI-compatible server.")
+    command.add_argument(
+        "--dataset", required=True, metavar="NAME",
+        help="whose classes to describe; or the folder of a dataset of your own")
     command.add_argument("--root", default=argparse.SUPPRESS, help="as above")
     command.add_argument("--model", required=True, help="the server's name of the model")
-    command.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL"),
-                         help="e.g. http://localhost:8000/v1 (default: the environment's OPENAI_BASE_URL, else OpenAI)")
-    command.add_argument("--output", help="file to write or resume (default: assets/descriptions/DATASET.json)")
-    command.add_argument("--per-class", type=int, default=10, help="sentences a class (default: 10)")
-    args = parser.parse_args(argv)
+    command.add_argument(
+        "--base-url", default=os.environ.get("OPENAI_BASE_URL"),
+        help="e.g. http://localhost:8000/v1 (default: the environment's OPENAI_BASE_URL, else "
+             "OpenAI)")
+    command.add_argument(
+        "--output",
+        help="file to write or resume (default: assets/descriptions/DATASET.json; of a dataset of "
+             "your own: descriptions-NAME.json)")
+    command.add_argument(
+        "--per-class", type=int, default=10, help="sentences a class (default: 10)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     try:
         if args.command == "describe":
-            describe(args.dataset, args.root, args.model, args.base_url, args.output, args.per_class)
+            describe(args.dataset, args.root, args.model, args.base_url, args.output,
+                     args.per_class)
         else:
             inventory(data_root(args.root))
+        return 0
+    except KeyboardInterrupt:
+        print("data.py: stopped; what is finished is kept", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

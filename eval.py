@@ -1,16 +1,18 @@
-"""Evaluation: the inference rule, accuracy and harmonic mean, other datasets, pictures, and tables.
+"""Evaluation: the inference rule, accuracy and harmonic mean, learnt prompts elsewhere, tables.
 
-    python eval.py output/                                     all runs found there, without training
-    python eval.py --summary final output/                     a row per run, with standard deviations
-    python eval.py --table 1 output/                           the runs as a table of the paper
-    python eval.py --figure 4 output/                          the learnt position matrices
-    python eval.py RUN --dataset caltech101 dtd --root $DATA   a learnt prompt on other datasets
-    python eval.py RUN --images PICTURE ...                    a learnt prompt on pictures of your own
-    python eval.py RUN --save-text-features FILE.npz           its text features, for other code
+    python eval.py output/                              all runs found there, without training
+    python eval.py output/ --summary final              a row per run, with standard deviations
+    python eval.py output/ --table 1                    the runs as a table of the paper
+    python eval.py output/ --figure 4                   the learnt position matrices
+    python eval.py RUN --dataset caltech101 dtd         a learnt prompt on other datasets
+    python eval.py RUN --images PICTURE ...             a learnt prompt on pictures of your own
+    python eval.py RUN --save-text-features FILE.npz    its text features, for other code
 
-Sec. 3.2.2, Inference: the normal prompt answers for known base classes, the ensemble of normal and anchor
-prompt for unknown novel ones. Table S1's four rows are: anchor, normal, ensemble, and final (what the rule
-picks). (`eval` is also a builtin: import this module as `import eval as evaluation`.)
+RUN is a folder that stage2.py wrote, such as output/toy/coop-anchoropt/seed1, or its prompt.pt.
+
+Sec. 3.2.2, Inference: the normal prompt answers for known base classes, the ensemble of normal and
+anchor prompt for unknown novel ones. Table S1's four rows are: anchor, normal, ensemble, and final
+(what the rule picks). `eval` is also a builtin: import this module as `import eval as evaluation`.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import statistics
 import sys
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import data
@@ -31,7 +34,7 @@ import losses
 import stage1
 from anchor import anchor_features, read_as_data
 from position import plot_position_matrix
-from prompts import TEMPLATES, build_learner, clip_identity, encode_image, sha256
+from prompts import TEMPLATES, build_learner, clip_identity, encode_image, sha256, unit
 from stage1 import ELEVEN, VARIANTS, default_settings
 
 READINGS = ("anchor", "normal", "ensemble", "final")
@@ -39,11 +42,11 @@ READINGS = ("anchor", "normal", "ensemble", "final")
 
 # ---------------------------------------------------------------------------- the inference rule
 
-def accuracy(predictions, labels):
-    """Top-1 accuracy in percent. predictions (n,): class indices; labels (n,). ValueError for no images."""
+def accuracy(logits, labels):
+    """Top-1 accuracy in percent. logits (n, C), labels (n,). Raises ValueError for no images."""
     if len(labels) == 0:
         raise ValueError("accuracy of no images")
-    return 100.0 * int((predictions == labels).sum()) / len(labels)
+    return 100.0 * int((logits.argmax(-1) == labels).sum()) / len(labels)
 
 
 def harmonic_mean(base, novel):
@@ -57,18 +60,17 @@ def infer(learner, f, x=None, f_anc=None, known=True):
     """The four readings of Table S1 for one batch: dict reading -> logits (B, C).
 
     learner: in eval mode, bound to the C classes. f (B, d): the frozen CLIP's image features, not
-    normalised. x (B, 3, R, R): the images, where `learner.needs_images`. f_anc (C, d): unit features of
-    the anchor prompts, or None where there is no anchor (then only normal and final come back).
-    known: classes that were learnt on (final = normal) or not (final = ensemble).
+    normalised. x (B, 3, R, R): the images, where `learner.needs_images`. f_anc (C, d): unit
+    features of the anchor prompts, or None where there is no anchor: then only normal and final
+    come back. known: classes that were learnt on (final = normal) or not (final = ensemble).
     """
-    readings = {"normal": learner(f, x)}
-    readings["final"] = readings["normal"]
-    if f_anc is not None:
-        readings["anchor"] = learner.logits(f, f_anc)
-        readings["ensemble"] = losses.ensemble_logits(readings["normal"], readings["anchor"])
-        if not known:
-            readings["final"] = readings["ensemble"]
-    return {reading: readings[reading] for reading in READINGS if reading in readings}
+    l_norm = learner(f, x)                                          # q_norm
+    if f_anc is None:
+        return {"normal": l_norm, "final": l_norm}
+    l_anc = learner.logits(f, f_anc)                                # q_anc
+    l_ens = losses.ensemble_logits(l_norm, l_anc)                   # q_ens
+    final = l_norm if known else l_ens                              # the rule of Sec. 3.2.2
+    return {"anchor": l_anc, "normal": l_norm, "ensemble": l_ens, "final": final}
 
 
 @torch.no_grad()
@@ -80,50 +82,62 @@ def evaluate(learner, batches, f_anc=None, known=True):
     """
     training = learner.training
     learner.eval()
-    predictions, labels = {}, []
+    logits, labels = {}, []
     for f, x, y in batches:
-        for reading, logits in infer(learner, f, x, f_anc, known).items():
-            predictions.setdefault(reading, []).append(logits.argmax(-1))
+        for reading, of_batch in infer(learner, f, x, f_anc, known).items():
+            logits.setdefault(reading, []).append(of_batch)
         labels.append(y)
     learner.train(training)
-    labels = torch.cat(labels) if labels else torch.zeros(0)
-    if len(labels) == 0:
+    if not labels:
         raise ValueError("accuracy of no images")
-    return {reading: accuracy(torch.cat(parts), labels) for reading, parts in predictions.items()}
+    labels = torch.cat(labels)
+    return {reading: accuracy(torch.cat(parts), labels) for reading, parts in logits.items()}
+
+
+def anchor_prompts(learner, settings, class_chunk=0):
+    """f_T(t_anc) of the classes that a learner is bound to: unit (C, d); None without an anchor."""
+    if settings["template"] != "anchoropt":
+        return None
+    return anchor_features(learner.clip_model, learner.class_names, learner.template.anchor_tokens,
+                           settings["preposition"], class_chunk)
 
 
 def evaluate_items(learner, settings, items, known, args):
     """`evaluate` on image files. items: of `data.Item`, labels as the learner's classes."""
-    f_anc = None
-    if settings["template"] == "anchoropt":
-        f_anc = anchor_features(learner.clip_model, learner.class_names, learner.template.anchor_tokens,
-                                settings["preposition"], args.class_chunk)
+    f_anc = anchor_prompts(learner, settings, args.class_chunk)
     return evaluate(learner, test_batches(learner, settings, items, f_anc, args), f_anc, known)
 
 
 def test_batches(learner, settings, items, f_anc, args):
-    """The test images in batches of f, x, y. Frozen features are computed once for all runs of a process."""
+    """The test images in batches of f, x, y. Frozen features are computed once per process."""
     clip_model, device = learner.clip_model, learner.clip_model.logit_scale.device
-    W = learner.template.position_matrix
-    sampled = W is not None and W.test_position == "sample"
-    batch_size = len(items)                                 # one batch, where nothing depends on it
-    if learner.needs_images or learner.prompts_per_image or sampled:
-        batch_size = args.test_batch or (200 if learner.needs_images else 100)
     labels = torch.tensor([item.label for item in items], device=device)
-    f = None
-    if not learner.needs_images or f_anc is not None:
-        own = tuple((name, settings[name]) for name in stage1.CLIP_SETTINGS)
-        f = frozen_features(clip_model, own, tuple(items), args.feature_cache, args.workers)
-    crops = None
+    batch_size = test_batch_size(learner, len(items), args.test_batch)
+    f = crops = None
+    if f_anc is not None or not learner.needs_images:
+        clip_settings = tuple((name, settings[name]) for name in stage1.CLIP_SETTINGS)
+        f = frozen_features(clip_model, clip_settings, tuple(items), args.feature_cache,
+                            args.workers)
     if learner.needs_images:
         images = data.Images(items, data.test_transform(clip_model.visual.input_resolution))
         crops = iter(data.loader(images, batch_size=batch_size, workers=args.workers))
+
     for start in range(0, len(items), batch_size):
-        part = slice(start, start + batch_size)
+        batch = slice(start, start + batch_size)
         x = None
         if crops is not None:
             x = data.normalize(next(crops)[0].to(device, non_blocking=True))
-        yield f[part] if f is not None else None, x, labels[part]
+        yield None if f is None else f[batch], x, labels[batch]
+
+
+def test_batch_size(learner, n, asked):
+    """How many of n test images go at a time: all, unless answer or memory depends on it."""
+    W = learner.template.position_matrix
+    if learner.needs_images:
+        return asked or 200
+    if learner.prompts_per_image or (W is not None and W.test_position == "sample"):
+        return asked or 100
+    return max(n, 1)
 
 
 @functools.lru_cache(maxsize=32)
@@ -147,21 +161,35 @@ def load_prompt(path):
     try:
         content = read_as_data(path)
     except ValueError as error:
-        raise ValueError(f"{path} could not be read ({error}); train it again with --overwrite") from error
-    kinds = {"state": dict, "settings": dict, "class_names": list, "seed": int}
-    sound = isinstance(content, dict) and all(isinstance(content.get(key), kind)
-                                              for key, kind in kinds.items())
-    needed = {"dataset", "baseline", "template", "clip", "dtype", "classes"}
-    if not sound or not needed <= set(content["settings"]):
+        raise ValueError(f"{path} could not be read ({error}); train it again with "
+                         "--overwrite") from error
+    if not is_prompt(content):
         raise ValueError(f"{path} is not a prompt.pt of stage2.py")
+    # Files from before a CLIP had settings of its own lack them.
     content["settings"] = dict.fromkeys(stage1.CLIP_SETTINGS, "default") | content["settings"]
     return content
+
+
+def is_prompt(content):
+    """Is this what stage2.py saves as prompt.pt, as far as its kinds of values go?"""
+    kinds = {"state": dict, "settings": dict, "class_names": list, "seed": int}
+    if not isinstance(content, dict):
+        return False
+    if not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        return False
+    if not all(isinstance(name, str) for name in content["class_names"]):
+        return False
+    settings = content["settings"]
+    needed = ["dataset", "baseline", "template", "clip", "dtype", "classes"]
+    if settings.get("template") == "anchoropt":
+        needed.append("preposition")
+    return all(isinstance(settings.get(key), str) for key in needed)
 
 
 def load_learner(path, saved, clip_model, class_chunk=0):
     """The learner of a prompt.pt, on the classes that it was learnt on, in eval mode.
 
-    saved: from `load_prompt(path)`. Raises ValueError where state, settings and CLIP do not fit together.
+    saved: from `load_prompt(path)`. Raises ValueError where state, settings and CLIP do not fit.
     """
     settings = saved["settings"] | {"class_chunk": class_chunk}
     try:
@@ -172,130 +200,148 @@ def load_learner(path, saved, clip_model, class_chunk=0):
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not fit its own settings or this CLIP ({reason}); give the --clip "
-                         "it was trained with, or train it again with --overwrite") from error
+        raise ValueError(f"{path} does not fit its own settings or this CLIP ({reason}); give "
+                         "the --clip it was trained with, or train it again with "
+                         "--overwrite") from error
     return learner.eval()
 
 
 def prompt_files(paths):
-    """The prompt.pt at and under `paths`; a file that is named is taken. FileNotFoundError for none."""
+    """The prompt.pt at and under `paths`; a file that is named is taken.
+
+    Raises FileNotFoundError for a path without one.
+    """
     found = {}
     for path in map(pathlib.Path, paths):
         files = [path] if path.is_file() else sorted(path.rglob("prompt.pt"))
         if not files:
-            raise FileNotFoundError(f"{path} holds no prompt.pt; give a run of stage2.py, such as "
+            what = "holds no prompt.pt" if path.exists() else "does not exist"
+            raise FileNotFoundError(f"{path} {what}; give a run of stage2.py, such as "
                                     "output/toy/coop-anchoropt/seed1")
         found |= {file.resolve(): file for file in files}
     return list(found.values())
 
 
 def load_clip_of(path, settings, args):
-    """The CLIP that a prompt was learnt with; its settings win over the options. ValueError for another."""
+    """The CLIP that a prompt was learnt with; its settings win over the options.
+
+    args: with clip, dtype, device. Raises ValueError where --clip is another one.
+    """
     if args.clip and clip_identity(args.clip) != settings["clip"]:
         raise ValueError(f"{path} was trained with CLIP {settings['clip']}, but --clip is "
-                         f"{clip_identity(args.clip)}; give the one it was trained with (none is needed "
-                         "for a CLIP that has a name)")
+                         f"{clip_identity(args.clip)}; give the one it was trained with (none is "
+                         "needed for a CLIP that has a name)")
     own = dict(settings)
     if own["dtype"] == "default":
         own["dtype"] = args.dtype or "default"
     elif args.dtype not in (None, own["dtype"]):
-        print(f"note: {path} was trained in {own['dtype']}, which is used instead of --dtype {args.dtype}")
+        print(f"note: {path} was trained in {own['dtype']}, which is used instead of "
+              f"--dtype {args.dtype}")
     try:
         return stage1.load_clip_for(own, args)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} was trained with CLIP {settings['clip']}: give its file with "
-                                f"--clip ({error})") from error
+        raise FileNotFoundError(f"{path} was trained with CLIP {settings['clip']}: give its file "
+                                f"with --clip ({error})") from error
 
 
 class Classifier:
     """A learnt prompt, ready for pictures: `load_run(folder)` makes one.
 
-    learner: in eval mode, on `class_names`. `known`: are these classes that it was learnt on? Then the
-    normal prompt answers, else the ensemble (Sec. 3.2.2).
+    learner: in eval mode. settings: of its run. learnt_on: the classes that it was learnt on.
+    `class_names`: the C classes that it is bound to now. `known`: are they all among those? Then
+    the normal prompt answers, else the ensemble (Sec. 3.2.2).
     """
 
-    def __init__(self, learner, settings, learnt_on):
+    def __init__(self, learner, settings, learnt_on, class_chunk=0):
         self.learner = learner
         self.settings = settings
         self.learnt_on = list(learnt_on)
+        self.class_chunk = class_chunk
         self.set_classes(self.learnt_on)
 
     @torch.no_grad()
     def set_classes(self, class_names):
-        """Binds it to any class names: C strings. Raises ValueError for names that CLIP cannot read."""
-        self.class_names = list(class_names)
-        self.known = set(self.class_names) <= set(self.learnt_on)
-        self.learner.set_classes(self.class_names)
-        self.f_anc = None
-        if self.settings["template"] == "anchoropt":
-            self.f_anc = anchor_features(self.learner.clip_model, self.class_names,
-                                         self.learner.template.anchor_tokens, self.settings["preposition"])
+        """Binds it to any class names: C strings. Raises ValueError for what CLIP cannot read."""
+        class_names = list(class_names)
+        if not class_names:
+            raise ValueError("no class names: there is nothing to choose from")
+        self.learner.set_classes(class_names)
+        self.class_names = class_names
+        self.known = set(class_names) <= set(self.learnt_on)
+        self.f_anc = anchor_prompts(self.learner, self.settings, self.class_chunk)
         return self
 
     @torch.no_grad()
-    def probabilities(self, pictures, batch_size=100):
+    def probabilities(self, pictures, batch_size=100, workers=0):
         """q(c | x), Eq. 1, by the inference rule: (n, C). pictures: n paths of image files."""
         clip_model, device = self.learner.clip_model, self.learner.clip_model.logit_scale.device
         items = [data.Item(str(picture), 0) for picture in pictures]
         images = data.Images(items, data.test_transform(clip_model.visual.input_resolution))
-        q = []
-        for crops, _ in data.loader(images, batch_size=batch_size):
-            x = data.normalize(crops.to(device))
-            f = encode_image(clip_model, x).float()
-            q.append(infer(self.learner, f, x, self.f_anc, self.known)["final"].softmax(-1))
+        q = [torch.zeros(0, len(self.class_names), device=device)]
+        for crops, _ in data.loader(images, batch_size=batch_size, workers=workers):
+            x = data.normalize(crops.to(device))                                # (B, 3, R, R)
+            f = encode_image(clip_model, x).float()                             # (B, d)
+            logits = infer(self.learner, f, x, self.f_anc, self.known)["final"]
+            q.append(logits.softmax(-1))
         return torch.cat(q)
 
     @torch.no_grad()
     def text_features(self):
-        """Unit text features of the classes, float32: f_T(t_norm) (C, d), f_T(t_anc) (C, d) or None.
+        """Unit text features of the classes, float32: normal (C, d), anchor (C, d) or None.
 
         Raises ValueError for CoCoOp, whose normal prompt is another for every image.
         """
         if self.learner.prompts_per_image:
-            raise ValueError("cocoop's prompts depend on the image, so they have no text features")
-        f_norm = torch.nn.functional.normalize(self.learner.text_features().float(), dim=-1)
-        return f_norm, None if self.f_anc is None else self.f_anc.float()
+            raise ValueError(f"{self.settings['baseline']}'s prompts depend on the image, so its "
+                             "classes have no text features of their own")
+        return unit(self.learner.text_features()), self.f_anc
 
 
-def load_run(run, clip=None, device=None):
-    """The `Classifier` of a run of stage2.py, on the classes that it was learnt on.
+def load_run(run, clip=None, device=None, dtype=None, class_chunk=0):
+    """The `Classifier` of a run of stage2.py, on the classes that it was learnt on, ready for use.
 
-    run: its folder or its prompt.pt. clip: the file of its CLIP, where it was none with a name. Raises
-    FileNotFoundError and ValueError in one line.
+    run: its folder or its prompt.pt. clip: the file of its CLIP, where it was none with a name.
+    dtype, class_chunk: as the options. Raises FileNotFoundError and ValueError in one line.
     """
-    args = argparse.Namespace(clip=clip, dtype=None, device=device or stage1.default_device())
-    path = prompt_files([run])[0]
+    files = prompt_files([run])
+    if len(files) > 1:
+        raise ValueError(f"{run} holds {len(files)} runs; name one, such as {files[0].parent}")
+    path = files[0]
     saved = load_prompt(path)
+    args = argparse.Namespace(clip=clip, dtype=dtype, device=device or stage1.default_device())
     clip_model = load_clip_of(path, saved["settings"], args)
-    return Classifier(load_learner(path, saved, clip_model), saved["settings"], saved["class_names"])
+    learner = load_learner(path, saved, clip_model, class_chunk)
+    return Classifier(learner, saved["settings"], saved["class_names"], class_chunk)
 
 
-# ---------------------------------------------------------------------------- pictures, text features
+# ---------------------------------------------------------------------------- pictures, features
 
 def classify_pictures(args):
     """`python eval.py RUN --images ...`: the top classes of each picture, with probabilities."""
-    classifier = one_run(args)
     pictures = []
     for path in args.images:
         pictures += data.pictures_in(path)
-    rule = "normal prompt" if classifier.known or classifier.f_anc is None else "ensemble"
-    print(f"{len(classifier.class_names)} classes, {rule}")
-    q, rows = classifier.probabilities(pictures, args.test_batch or 100), []
-    for picture, values in zip(pictures, q):
-        best = values.topk(min(args.top, len(values)))
-        named = [(classifier.class_names[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]
+    classifier = classifier_of(args)
+    rule = "ensemble of normal and anchor prompt"
+    if classifier.known or classifier.f_anc is None:
+        rule = "normal prompt"
+    print(f"{len(classifier.class_names)} classes; the {rule} answers")
+
+    q, rows = classifier.probabilities(pictures, args.test_batch or 100, args.workers), []
+    for picture, of_picture in zip(pictures, q):
+        best = of_picture.topk(min(args.top, len(of_picture)))
+        named = [(classifier.class_names[i], p)
+                 for i, p in zip(best.indices.tolist(), best.values.tolist())]
         print(f"{picture}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in named))
-        rows += [{"image": picture, "rank": rank, "class": name, "probability": f"{p:.6f}"}
-                 for rank, (name, p) in enumerate(named, 1)]
+        for rank, (name, p) in enumerate(named, 1):
+            rows.append({"image": picture, "rank": rank, "class": name, "probability": f"{p:.6f}"})
     if args.csv:
         stage1.save_csv(args.csv, rows)
 
 
 def save_text_features(args):
-    """`python eval.py RUN --save-text-features FILE.npz`: class_names, normal and, where learnt, anchor."""
-    import numpy as np
-
-    classifier = one_run(args)
+    """`python eval.py RUN --save-text-features FILE.npz`: class_names, normal and anchor."""
+    classifier = classifier_of(args)
     f_norm, f_anc = classifier.text_features()
     arrays = {"class_names": np.array(classifier.class_names), "normal": f_norm.cpu().numpy()}
     if f_anc is not None:
@@ -306,43 +352,57 @@ def save_text_features(args):
     print(f"{path}: {', '.join(arrays)} of {len(classifier.class_names)} classes")
 
 
-def one_run(args):
-    files = prompt_files(args.paths)
-    if len(files) > 1:
-        raise ValueError(f"{len(files)} runs are there; name one, such as {files[0].parent}")
-    classifier = load_run(files[0], args.clip, args.device)
+def classifier_of(args):
+    """The run that the command line names, bound to the classes that it names."""
+    if len(args.paths) > 1:
+        raise ValueError(f"name one run, not {len(args.paths)}: {', '.join(args.paths)}")
+    names = None
     if args.classes_from:
-        with open(args.classes_from, encoding="utf-8-sig") as file:
-            names = [line.strip() for line in file if line.strip()]
-        if not names:
-            raise ValueError(f"{args.classes_from} is empty; expected a class name a line")
+        names = read_class_names(args.classes_from)
+    classifier = load_run(args.paths[0], args.clip, args.device, args.dtype, args.class_chunk)
+    if names is not None:
         classifier.set_classes(names)
     return classifier
+
+
+def read_class_names(path):
+    """A text file of class names, one a line; a name that comes twice counts once."""
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); expected a class name a "
+                         "line") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names:
+        raise ValueError(f"{path} is empty; expected a class name a line")
+    return list(dict.fromkeys(names))
 
 
 # ---------------------------------------------------------------------------- other datasets
 
 def evaluate_runs(args):
-    """`python eval.py RUN ... --dataset NAME ...`: every run on every dataset, and a table of them."""
+    """`python eval.py RUN ... --dataset NAME ...`: every run on every dataset, and a table."""
     files = prompt_files(args.paths)
-    datasets = [data.load_dataset(name, args.root) for name in args.dataset]    # first what costs nothing
-    for dataset in datasets:
-        for note in dataset.notes:
-            print(f"note: {note}", flush=True)
+    datasets = [data.load_dataset(name, args.root) for name in args.dataset]
     get_clip = OneClip(args)
-    results = [evaluate_run(file, dataset, name, args, get_clip)
-               for file in files for name, dataset in zip(args.dataset, datasets)]
-    keys = ("run", "seed", "target", "classes", "images")
-    rows = [[*(result[key] for key in keys),
-             *(two_digits(result["accuracy"].get(reading)) for reading in READINGS)] for result in results]
+    results = []
+    for file in files:
+        for name, dataset in zip(args.dataset, datasets):
+            results.append(evaluate_run(file, dataset, name, args, get_clip))
+
+    keys, rows = ("run", "seed", "target", "classes", "images"), []
+    for result in results:
+        figures = [two_digits(result["accuracy"].get(reading)) for reading in READINGS]
+        rows.append([*(result[key] for key in keys), *figures])
     print("\n" + "\n".join(markdown_table([*keys, *READINGS], rows)))
-    print_notes([note for result in results for note in result["notes"]])
+    print_notes([(note, f"{result['run']} on {result['target']}")
+                 for result in results for note in result["notes"]])
     if any("toy" in (result["dataset"], result["target"]) for result in results):
         print(f"\n{TOY_WARNING}")
 
 
 class OneClip:
-    """Loads the CLIP of a run, and keeps it for runs with the same: one CLIP at a time on the device."""
+    """Loads the CLIP of a run, and keeps it for runs with the same: one at a time on the device."""
 
     def __init__(self, args):
         self.args = args
@@ -351,104 +411,165 @@ class OneClip:
     def __call__(self, path, settings):
         key = [settings[name] for name in stage1.CLIP_SETTINGS]
         if key != self.key:
-            self.clip_model = None
-            frozen_features.cache_clear()
+            self.key = self.clip_model = None
+            frozen_features.cache_clear()               # it holds the CLIP that goes
             self.clip_model = load_clip_of(path, settings, self.args)
             self.key = key
         return self.clip_model
 
 
 def evaluate_run(path, dataset, dataset_path, args, get_clip):
-    """A learnt prompt and its anchor on all classes of a dataset; writes eval-<dataset>.json beside it.
+    """A learnt prompt and its anchor on all classes of a dataset; writes eval-<dataset>.json.
 
-    The inference rule: final is the ensemble for foreign classes, and the normal prompt for the classes
-    that the run learnt on, ImageNet's in its variants after training with --classes all. path: of its
-    prompt.pt. dataset: a `data.Dataset`, read from dataset_path. Returns the file's content.
+    The inference rule: final is the ensemble for foreign classes, and the normal prompt for the
+    classes that the run learnt on, ImageNet's in its variants after training with --classes all.
+    path: of its prompt.pt. dataset: a `data.Dataset`, read from dataset_path. Returns the file's
+    content.
     """
     saved = load_prompt(path)
     settings = saved["settings"]
-    if dataset.notes and dataset.name == settings["dataset"]:       # a split made here depends on the seed
+    if dataset.notes and dataset.name == settings["dataset"]:
+        # A split that was made here depends on the seed: take the one that the run learnt with.
         dataset = data.load_dataset(dataset_path, args.root, saved["seed"])
     task = data.few_shot_task(dataset, "all", seed=saved["seed"])
     facts = data.digests(dataset, task)
     facts = {key: facts[key] for key in ("class names", "test images")}
     file = transfer_file(path, dataset.name)
-    done = None if args.overwrite else load_transfer(path, dataset.name)
-    if done is not None:
-        stage1.check_unchanged(file, done.get("facts", {}), facts, "to make it again: --overwrite")
+    done = None
+    if not args.overwrite:
+        done = load_transfer(path, dataset.name)
+    if done is not None and "facts" in done:            # without, it is old: made again
+        stage1.check_unchanged(file, done["facts"], facts, "to make it again: --overwrite")
         print(f"finished already: {file} (--overwrite to make it again)", flush=True)
         return done
 
     known = dataset.name == settings["dataset"]
     if settings["dataset"] == "imagenet" and dataset.name in VARIANTS:
         known = True
-    notes = list(dataset.notes)
+    notes, comparable = notes_of_run(path)
+    notes += dataset.notes
     if settings["classes"] != "all":
-        known = False
-        print(f"note: {path} has learnt on base classes alone, so final is the ensemble for all of "
-              f"{dataset.name}; Tables 2 and 4 are of runs with --classes all", flush=True)
+        known = comparable = False
+        notes.append("learnt on base classes alone, so final is the ensemble for all classes; "
+                     "Tables 2 and 4 are of runs with --classes all")
     learner = load_learner(path, saved, get_clip(path, settings), args.class_chunk)
     learner.set_classes(dataset.class_names)
     scores = evaluate_items(learner, settings, dataset.test, known, args)
     result = {"dataset": settings["dataset"], "target": dataset.name, "seed": saved["seed"],
-              "run": path.resolve().parent.parent.name, "prompt": sha256(path)[:8], "settings": settings,
+              "run": run_name(path), "prompt": sha256(path)[:8], "settings": settings,
               "accuracy": scores, "known": known, "classes": len(dataset.class_names),
-              "images": len(dataset.test), "facts": facts, "notes": notes, "comparable": not notes}
+              "images": len(dataset.test), "facts": facts, "notes": notes,
+              "comparable": comparable and not dataset.notes}
     with data.written_aside(file) as aside:
-        aside.write_text(json.dumps(result, indent=1) + "\n")
+        aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
+def notes_of_run(path):
+    """What is noted about the run of a prompt.pt, in its results.json, and whether it compares."""
+    results = path.with_name("results.json")
+    if path.name != "prompt.pt" or not results.exists():
+        return [], True
+    result = load_result(results)
+    return list(result["notes"]), result["comparable"]
+
+
+def run_name(path):
+    """`coop-anchoropt` for .../coop-anchoropt/seed1/prompt.pt; elsewhere the file's own name."""
+    path = path.resolve()
+    if path.name == "prompt.pt" and path.parent.name.startswith("seed"):
+        return path.parent.parent.name
+    return path.stem
+
+
 def transfer_file(path, target):
-    """Where `evaluate_run` writes: eval-<target>.json; for a prompt.pt with another name, that in front."""
+    """Where `evaluate_run` writes: eval-<target>.json, for another name with its stem in front."""
     if path.name == "prompt.pt":
         return path.with_name(f"eval-{target}.json")
     return path.with_name(f"{path.stem}-eval-{target}.json")
 
 
 def load_transfer(path, target):
-    """What `evaluate_run` wrote; None where there is nothing, or the prompt has been learnt anew since.
+    """What `evaluate_run` wrote for this prompt.pt and target.
 
-    Raises ValueError for a damaged file.
+    None where there is nothing, or the prompt has been learnt anew since. ValueError for a damaged
+    file.
     """
     file = transfer_file(path, target)
     if not file.exists():
         return None
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        sound = is_accuracies(result["accuracy"])
-        stale = path.exists() and result["prompt"] != sha256(path)[:8]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{file} is damaged; make it again: python eval.py {path} --dataset {target} "
-                         "--overwrite")
-    return None if stale else result
+    result = read_record(file)
+    kinds = {"run": str, "target": str, "classes": int, "images": int, "prompt": str}
+    if result is None or not is_accuracies(result.get("accuracy"), result["settings"]) or not all(
+            isinstance(result.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{file} is damaged; make it again: python eval.py {path} "
+                         f"--dataset {target} --overwrite")
+    if path.exists() and result["prompt"] != sha256(path)[:8]:
+        return None
+    return result
 
 
 # ---------------------------------------------------------------------------- results of runs
 
-def is_accuracies(value):
-    """Is this what `evaluate` returns: a dict reading -> percent, with at least the final one?"""
-    return "final" in value and all(isinstance(number, (int, float)) and 0 <= number <= 100
-                                    for number in value.values())
+def read_record(path):
+    """What results.json and eval-*.json share, checked: a dict, or None for anything else.
+
+    Older files lack `notes` and `comparable`: they get what holds for them.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    record.setdefault("notes", [])
+    record.setdefault("comparable", not record["notes"])
+    kinds = {"settings": dict, "seed": int, "dataset": str, "notes": list, "comparable": bool}
+    if not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        return None
+    if not isinstance(record.get("facts", {}), dict):
+        return None
+    if not all(isinstance(note, str) for note in record["notes"]):
+        return None
+    return record
+
+
+def is_accuracies(value, settings):
+    """Is this what `evaluate` returns for a run with these settings: a dict reading -> percent?"""
+    expected = {"normal", "final"}
+    if settings.get("template") == "anchoropt":
+        expected = set(READINGS)
+    if not isinstance(value, dict) or set(value) != expected:
+        return False
+    return all(isinstance(percent, (int, float)) and 0 <= percent <= 100
+               for percent in value.values())
+
+
+def has_sound_W(result):
+    """Is the run's position matrix there as rows, or None where none was learnt?"""
+    W = result.get("position_matrix")
+    if W is None:
+        return True
+    if not isinstance(W, dict) or not isinstance(W.get("end"), list):
+        return False
+    for row in W["end"]:                                        # (K, K) of 0 and 1
+        if not isinstance(row, list) or len(row) != len(W["end"]):
+            return False
+        if not all(value in (0, 1) for value in row):
+            return False
+    return isinstance(result["settings"].get("anchor_length"), int)
 
 
 def load_result(path):
     """One results.json of stage2.py. Raises ValueError for a damaged one."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        sides = [side for side in (result["base"], result["novel"]) if side is not None]
-        sound = (all(is_accuracies(side) for side in sides)
-                 and result["base"].keys() == sides[-1].keys()
-                 and isinstance(result["settings"], dict)
-                 and isinstance(result["seed"], int)
-                 and isinstance(result["dataset"], str)
-                 and isinstance(result.setdefault("notes", []), list))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{path} is not a results.json of stage2.py; run it again with --overwrite")
+    path = pathlib.Path(path)
+    result = read_record(path)
+    sound = result is not None and is_accuracies(result.get("base"), result["settings"])
+    if sound and result.get("novel") is not None:               # None: all classes were learnt on
+        sound = is_accuracies(result["novel"], result["settings"])
+    if not sound or "novel" not in result or not has_sound_W(result):
+        raise ValueError(f"{path} is not a results.json of stage2.py; run it again with "
+                         "--overwrite")
     return result | {"run": path.resolve().parent.parent.name, "folder": path.parent}
 
 
@@ -457,16 +578,11 @@ def load_results(paths):
     found = {}
     for path in map(pathlib.Path, paths):
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; give the folder that stage2.py wrote to "
-                                    "(--output)")
+            raise FileNotFoundError(f"{path} does not exist; give the folder that stage2.py wrote "
+                                    "to (--output)")
         files = sorted(path.rglob("results.json")) if path.is_dir() else [path]
         found |= {file.resolve(): file for file in files}
     return [load_result(path) for path in found.values()]
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def two_digits(value):
@@ -479,19 +595,20 @@ def listed_seeds(results):
 
 
 def markdown_table(header, rows):
-    """Lines of a Markdown table: the first column to the left, the others to the right, "-" for nothing."""
+    """Lines of Markdown: the first column to the left, the others to the right, "-" for nothing."""
     rows = [[str(cell) or "-" for cell in row] for row in rows]
     widths = [max(5, *map(len, column)) for column in zip(header, *rows)]
 
     def line(cells):
         others = "".join(f" {cell:>{width}} |" for cell, width in zip(cells[1:], widths[1:]))
         return f"| {cells[0]:{widths[0]}} |{others}"
+
     rule = f"|:{'-' * (widths[0] + 1)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
     return [line(header), rule, *map(line, rows)]
 
 
 def group(result):
-    """What the seeds of one run share: dataset, the run's name, its folder where it was read from one."""
+    """What the seeds of one run share: dataset, the run's name, the folder where it was found."""
     return result["dataset"], result["run"], str(result["folder"].parent)
 
 
@@ -510,16 +627,24 @@ def with_hm(values):
     return values | {"hm": harmonic_mean(values["base"], values["novel"])}
 
 
+def values_of(seeds, reading):
+    """Mean base, novel and HM of one reading; base alone where all classes were learnt on."""
+    sides = ["base", "novel"] if seeds[0]["novel"] else ["base"]
+    means = {side: statistics.fmean(seed[side][reading] for seed in seeds) for side in sides}
+    return with_hm(means)
+
+
+MEASURES = ("base", "novel", "hm")
+
+
 def results_table(results):
-    """Table S1's rows for every run: lines of Markdown. HM is that of the mean base and mean novel."""
+    """Table S1's rows for every run: lines of Markdown."""
     lines = []
     for (dataset, run, _), seeds in grouped(results).items():
         rows = []
         for reading in seeds[0]["base"]:
-            values = {side: mean(seed[side][reading] for seed in seeds)
-                      for side in ("base", "novel") if seeds[0][side]}
-            values = with_hm(values)
-            rows.append([reading, *(two_digits(values.get(key)) for key in ("base", "novel", "hm"))])
+            values = values_of(seeds, reading)
+            rows.append([reading, *(two_digits(values.get(measure)) for measure in MEASURES)])
         lines += ["", f"{dataset}, {run}, {listed_seeds(seeds)}", ""]
         lines += markdown_table(["prompt  ", "base", "novel", "HM"], rows)
     return lines
@@ -528,40 +653,50 @@ def results_table(results):
 def summary_table(results, reading):
     """One row per run: base, novel and HM of one reading, mean and standard deviation over seeds.
 
-    The mean HM is that of the mean base and mean novel; its deviation is that of the seeds' own HMs.
+    The mean HM is that of the mean base and mean novel; its deviation is that of the seeds' HMs.
     """
     rows = []
-    results = [result for result in results if reading in result["base"] and result["novel"]]
     for (dataset, run, _), seeds in grouped(results).items():
-        base = [seed["base"][reading] for seed in seeds]
-        novel = [seed["novel"][reading] for seed in seeds]
-        hm = [harmonic_mean(b, n) for b, n in zip(base, novel)]
-        centres = (mean(base), mean(novel), harmonic_mean(mean(base), mean(novel)))
+        if reading not in seeds[0]["base"]:                     # plain prompts have no anchor
+            continue
+        means = values_of(seeds, reading)
+        each = [values_of([seed], reading) for seed in seeds]
         cells = []
-        for centre, values in zip(centres, (base, novel, hm)):
-            spread = f" ± {statistics.stdev(values):.2f}" if len(seeds) > 1 else ""
-            cells.append(two_digits(centre) + spread)
+        for measure in MEASURES:
+            cell = two_digits(means.get(measure))
+            if cell and len(seeds) > 1:
+                cell += f" ± {statistics.stdev(values[measure] for values in each):.2f}"
+            cells.append(cell)
         rows.append([f"{dataset}, {run}", *cells, str(len(seeds))])
     return markdown_table([f"run ({reading})", "base", "novel", "HM", "seeds"], rows)
 
 
-TOY_WARNING = ("These are figures of the toy world: they check the machinery and are no evidence for or "
-               "against the paper's claims.")
+TOY_WARNING = ("These are figures of the toy world: they check the machinery and are no evidence "
+               "for or against the paper's claims.")
 
 
 def print_table(results, summary=None):
+    """The runs as `results_table` or, for a reading, `summary_table`; and their notes."""
     lines = summary_table(results, summary) if summary else results_table(results)
     print("\n".join(lines))
-    print_notes([note for result in results for note in result["notes"]])
+    print_notes([(note, f"{result['dataset']}, {result['run']}")
+                 for result in results for note in result["notes"]])
     if any(result["dataset"] == "toy" for result in results):
         print(f"\n{TOY_WARNING}")
 
 
 def print_notes(notes):
-    if notes:
+    """Each note once, with what it is about. notes: pairs (note, what)."""
+    about = {}
+    for note, what in notes:
+        about.setdefault(note, {})[what] = None                 # a set that keeps its order
+    if about:
         print("\nNotes\n")
-    for note in dict.fromkeys(notes):
-        print(f"- {note}")
+    for note, what in about.items():
+        listed = "; ".join(list(what)[:3])
+        if len(what) > 3:
+            listed += f"; and {len(what) - 3} more"
+        print(f"- {note} ({listed})")
 
 
 def draw_figure4(results, path):
@@ -570,12 +705,12 @@ def draw_figure4(results, path):
     for result in sorted(results, key=lambda result: result["seed"]):
         if result.get("position_matrix"):
             first.setdefault(group(result), result)
-    lengths = sorted({result["settings"]["anchor_length"] for result in first.values()})
-    if not lengths:
+    if not first:
         raise ValueError("no run with a learnt position matrix here; make one: python stage2.py")
+    lengths = sorted({result["settings"]["anchor_length"] for result in first.values()})
     if len(lengths) > 1:
-        raise ValueError(f"runs with {' and '.join(map(str, lengths))} anchor tokens do not go into one "
-                         "picture; name fewer runs")
+        raise ValueError(f"runs with {' and '.join(map(str, lengths))} anchor tokens do not go "
+                         "into one picture; name fewer runs")
     panels = {}
     for key in sorted(first):
         panels[panel_title(key, first)] = first[key]["position_matrix"]["end"]
@@ -597,7 +732,8 @@ def panel_title(key, keys):
 # ---------------------------------------------------------------------------- the paper's tables
 
 PAPER_FILE = pathlib.Path(data.ASSETS) / "paper_tables.csv"
-MACHINE = (*stage1.CLIP_SETTINGS, "descriptions")   # a cell takes runs whatever these are, and says so
+# A cell takes runs whatever these are, and says so.
+MACHINE = (*stage1.CLIP_SETTINGS, "descriptions")
 
 
 class Row(NamedTuple):
@@ -605,13 +741,14 @@ class Row(NamedTuple):
     label: str
     baseline: str = "coop"
     template: str = "anchoropt"
-    changed: dict = {}                  # settings, beside the defaults of baseline, template and dataset
+    changed: dict = {}                  # settings that are not baseline, template, dataset's own
     reading: str = "final"
     note: str = ""                      # what a reader of its figures must know
 
     def settings(self, dataset):
         """The settings of its runs on a dataset."""
-        defaults = default_settings(dataset, self.baseline, self.template, self.changed.get("classes"),
+        defaults = default_settings(dataset, self.baseline, self.template,
+                                    self.changed.get("classes"),
                                     self.changed.get("one_stage", False))
         return defaults | self.changed
 
@@ -625,7 +762,7 @@ class Table(NamedTuple):
 
     @property
     def measures(self):
-        return ("accuracy",) if self.source else ("base", "novel", "hm")
+        return ("accuracy",) if self.source else MEASURES
 
 
 class Cell(NamedTuple):
@@ -635,42 +772,59 @@ class Cell(NamedTuple):
 
 
 def option_rows(key, values, labels=None):
+    """A row for each value of one setting of CoOp + AnchorOPT."""
     labels = labels or map(str, values)
     return [Row(label, changed={key: value}) for label, value in zip(labels, values)]
 
 
+NAMES = {"coop": "CoOp", "cocoop": "CoCoOp", "maple": "MaPLe", "dept": "DePT"}
 METHODS = [Row(name + suffix, baseline, template)
-           for baseline, name in (("coop", "CoOp"), ("cocoop", "CoCoOp"), ("maple", "MaPLe"), ("dept", "DePT"))
+           for baseline, name in NAMES.items()
            for template, suffix in zip(TEMPLATES, ("", " + ATPrompt", " + AnchorOPT"))]
-# Tables 2 and 4: learnt on all of ImageNet's classes, with settings of their own where a source has them.
-WITHOUT_SOURCE = ("{}: no source gives its settings for all 1,000 classes; its row of base-to-novel runs "
-                  "is used")
-TRANSFER = []
-for row in METHODS:
-    note = WITHOUT_SOURCE.format(row.label) if row.label in ("CoCoOp + AnchorOPT", "MaPLe + AnchorOPT") else ""
-    if row.baseline != "dept":
-        TRANSFER.append(row._replace(changed={"classes": "all"}, note=note))
+
+# Tables 2 and 4: learnt on all of ImageNet's classes, with settings of their own where a source has
+# them (assets/settings.csv, the rows with classes = all).
+NO_SOURCE = ("no source gives the settings for all 1,000 classes: those of the base-to-novel run "
+             "are used")
+
+
+def transfer_rows():
+    rows = []
+    for row in METHODS:
+        if row.baseline == "dept":                          # the paper has none there
+            continue
+        note = ""
+        if row.template == "anchoropt" and row.baseline != "coop":
+            note = NO_SOURCE
+        rows.append(row._replace(changed={"classes": "all"}, note=note))
+    return rows
+
+
+TRANSFER = transfer_rows()
+N_ROWS = [Row(f"{reading} prompt, N = {n}", changed={"anchor_length": n}, reading=reading)
+          for reading in ("anchor", "normal") for n in (1, 2, 3, 4)]
 TAUS = (0.1, 0.5, 1, 2, 4)
 TABLES = {
     "1": Table("base to novel classes", METHODS, ELEVEN, ("average", *ELEVEN)),
-    "2": Table("from ImageNet to ten other datasets", TRANSFER, ELEVEN, (*ELEVEN, "average"), "imagenet"),
-    "3": Table("one stage and two", [Row("One-stage", changed={"one_stage": True}), Row("Two-stage")],
-               ELEVEN, ("average",)),
+    "2": Table("from ImageNet to ten other datasets", TRANSFER, ELEVEN, (*ELEVEN, "average"),
+               "imagenet"),
+    "3": Table("one stage and two", [
+        Row("One-stage", changed={"one_stage": True}),
+        Row("Two-stage")], ELEVEN, ("average",)),
     "4": Table("from ImageNet to its variants", TRANSFER, ("imagenet", *VARIANTS),
                ("imagenet", *VARIANTS, "average"), "imagenet"),
-    "5": Table("the normal prompt alone", [Row("ATPrompt", template="atprompt"),
-                                           Row("AnchorOPT w/o Ensemble", reading="normal")],
-               ELEVEN, ("average",)),
+    "5": Table("the normal prompt alone", [
+        Row("ATPrompt", template="atprompt"),
+        Row("AnchorOPT w/o Ensemble", reading="normal")], ELEVEN, ("average",)),
     "6": Table("prepositions", option_rows("preposition", ("with", "at", "sun", "sea", "of"))),
-    "7": Table("anchor length N", [
-        Row(f"{reading} prompt, N = {n}", changed={"anchor_length": n}, reading=reading)
-        for reading in ("anchor", "normal") for n in (1, 2, 3, 4)]),
+    "7": Table("anchor length N", N_ROWS),
     "8": Table("where the anchor stands", option_rows(
         "arrangement", ("adaptive", "before", "middle", "after-class"),
         ("Position Matrix", "Before Soft Token", "Middle", "After Class Token"))),
     "9": Table("distillation", [Row("without KD", changed={"lambda_2": 0}), Row("with KD")]),
     "S1": Table("each prompt of CoOp + AnchorOPT", [
-        Row("CoOp", template="plain"), Row("ATPrompt", template="atprompt"),
+        Row("CoOp", template="plain"),
+        Row("ATPrompt", template="atprompt"),
         Row("AnchorOPT-One Stage", changed={"one_stage": True}),
         Row("AnchorOPT-Anchor Prompts", reading="anchor"),
         Row("AnchorOPT-Normal Prompts", reading="normal"),
@@ -683,64 +837,82 @@ TABLES = {
 
 
 def load_paper(number):
-    """One table of the paper, as printed: (dataset or "average", label) -> measure -> str, and `note`."""
+    """One table of the paper, as printed: (dataset or "average", label) -> measure -> str; note."""
     with open(PAPER_FILE, newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["table"] == number]
     return {(row["dataset"], row["method"]): row for row in rows}
 
 
+def compares(result, settings):
+    """May the paper's figure be subtracted from this run's? Data and CLIP must be the paper's."""
+    return result["comparable"] and result["settings"].get("clip") == settings["clip"]
+
+
 def find_seeds(results, settings):
     """The results, one per seed, of the run with these settings, and remarks on them.
 
-    All settings but MACHINE must agree. Where several folders fit: the one with the fewest MACHINE
-    settings off the defaults, then the one with most seeds.
+    All settings but MACHINE must agree. Where several folders fit: one that compares with the
+    paper, then the one with the fewest MACHINE settings off the defaults, then the one with most
+    seeds.
     """
     def method(some):
         return {key: value for key, value in some.items() if key not in MACHINE}
 
-    fits = {}
+    fits = {}                                               # folder of a run -> its seeds
     for result in results:
         if method(result["settings"]) == method(settings):
-            off = [f"{key} {value}" for key, value in result["settings"].items()
-                   if value != settings.get(key, "default")]
-            fits.setdefault((len(off), result["folder"].parent, *off), []).append(result)
-    order = sorted(fits, key=lambda fit: (fit[0], -len(fits[fit]), fit))
-    if not order:
+            fits.setdefault(result["folder"].parent, []).append(result)
+
+    def off(folder):
+        own = fits[folder][0]["settings"]
+        return [f"{key} {own[key]}" for key in MACHINE
+                if key in own and own[key] != settings.get(key, "default")]
+
+    def last(folder):
+        foreign = not all(compares(result, settings) for result in fits[folder])
+        return foreign, len(off(folder)), -len(fits[folder]), str(folder)
+
+    if not fits:
         return [], []
-    best, *others = order
-    remarks = [f"some runs are with {off}" for off in best[2:]]
+    best, *others = sorted(fits, key=last)
+    remarks = [f"run with {what}" for what in off(best)]
     for left in others:
-        remarks.append(f"{best[1]} is shown, {left[1]} ({' '.join(left[2:])}) is left out")
+        remarks.append(f"{best} is shown, {left} ({' '.join(off(left))}) is left out")
     return fits[best], remarks
 
 
 def fill(table, results, output):
     """The cells of a table that these results fill, and what is missing.
 
-    Returns cells, a dict (dataset, label) -> Cell, with "average" among the datasets; commands, the lines
-    that fill the empty ones, for runs in the folder `output`; and notes.
+    Returns cells, a dict (dataset, label) -> Cell, with "average" among the datasets; commands, the
+    lines that fill the empty ones, for runs in the folder `output`; and notes, pairs as in
+    `print_notes`.
     """
     cells, commands, notes = {}, [], []
     for row in table.rows:
-        if table.source:
-            filled = fill_from_source(table, row, results, output)
-        else:
-            filled = fill_from_runs(table, row, results, output)
-        row_cells, row_commands, row_notes = filled
+        fill_row = fill_from_source if table.source else fill_from_runs
+        row_cells, row_commands, row_notes = fill_row(table, row, results, output)
+        cells |= row_cells
         commands += row_commands
         notes += row_notes
-        if row.note and any(cell.values for cell in row_cells.values()):
-            notes.append(row.note)
-        cells |= row_cells
+        if row.note:
+            notes.append((row.note, row.label))
         targets = [dataset for dataset in table.datasets if dataset != table.source]
-        present = [row_cells[dataset, row.label] for dataset in targets if (dataset, row.label) in row_cells]
+        present = [row_cells[dataset, row.label] for dataset in targets
+                   if (dataset, row.label) in row_cells]
         if present:
-            average = {key: mean(cell.values[key] for cell in present)
-                       for key in table.measures if key != "hm"}
-            comparable = len(present) == len(targets) and all(cell.comparable for cell in present)
-            cells["average", row.label] = Cell(
-                with_hm(average), f"{len(present)} of {len(targets)} datasets", comparable)
-    return cells, list(dict.fromkeys(commands)), list(dict.fromkeys(notes))
+            cells["average", row.label] = average_cell(table, present, len(targets))
+    return cells, list(dict.fromkeys(commands)), notes
+
+
+def average_cell(table, present, n):
+    """The average of the cells that are there, of n."""
+    averages = {}
+    for measure in table.measures:
+        if measure != "hm":                     # HM is that of the averages, as in the paper
+            averages[measure] = statistics.fmean(cell.values[measure] for cell in present)
+    comparable = len(present) == n and all(cell.comparable for cell in present)
+    return Cell(with_hm(averages), f"{len(present)} of {n} datasets", comparable)
 
 
 def fill_from_runs(table, row, results, output):
@@ -749,26 +921,28 @@ def fill_from_runs(table, row, results, output):
     for dataset in table.datasets:
         settings = row.settings(dataset)
         seeds, remarks = find_seeds(results, settings)
-        notes += remarks
         if not seeds:
             commands.append(train_command(row, settings, output))
             continue
-        values = {side: mean(seed[side][row.reading] for seed in seeds) for side in ("base", "novel")}
-        cells[dataset, row.label] = cell_of(with_hm(values), seeds)
-        notes += [note for seed in seeds for note in seed["notes"]]
+        comparable = all(compares(seed, settings) for seed in seeds)
+        values = values_of(seeds, row.reading)
+        cells[dataset, row.label] = Cell(values, listed_seeds(seeds), comparable)
+        notes += notes_on(f"{row.label}, {dataset}", remarks, seeds)
     return cells, commands, notes
 
 
 def fill_from_source(table, row, results, output):
-    """`fill` for one row of Tables 2 and 4: the runs on the source, and what they left on each target."""
+    """`fill` for one row of Tables 2 and 4: runs on the source, and what they left on targets."""
     settings = row.settings(table.source)
-    seeds, notes = find_seeds(results, settings)
+    seeds, remarks = find_seeds(results, settings)
     cells, commands, absent = {}, [], []
+    notes = notes_on(f"{row.label}, {table.source}", remarks, seeds)
     if seeds:
         run = shlex.quote(str(seeds[0]["folder"].parent))
-    else:                                   # * stands for what is not known yet (descriptions, clip)
+    else:                               # * stands for what is not known yet (descriptions, clip)
         run = shlex.quote(str(stage1.run_folder(output, settings, 1).parent)) + "*"
         commands.append(train_command(row, settings, output))
+
     for dataset in table.datasets:
         if dataset == table.source:
             found = seeds
@@ -776,10 +950,12 @@ def fill_from_source(table, row, results, output):
         else:
             found = [load_transfer(seed["folder"] / "prompt.pt", dataset) for seed in seeds]
             found = [result for result in found if result is not None]
-            values = [result["accuracy"]["final"] for result in found]
+            values = [result["accuracy"][row.reading] for result in found]
         if found:
-            cells[dataset, row.label] = cell_of({"accuracy": mean(values)}, found)
-            notes = notes + [note for result in found for note in result.get("notes", [])]
+            comparable = all(compares(result, settings) for result in [*seeds, *found])
+            accuracy_of_seeds = {"accuracy": statistics.fmean(values)}
+            cells[dataset, row.label] = Cell(accuracy_of_seeds, listed_seeds(found), comparable)
+            notes += notes_on(f"{row.label}, {dataset}", [], found)
         elif dataset != table.source:
             absent.append(dataset)
     if absent:
@@ -787,21 +963,26 @@ def fill_from_source(table, row, results, output):
     return cells, commands, notes
 
 
-def cell_of(values, found):
-    comparable = all(result.get("comparable", True) for result in found)
-    return Cell(values, listed_seeds(found), comparable)
+def notes_on(cell, remarks, results):
+    """Pairs as in `print_notes`: the remarks on a cell, and what its runs have noted."""
+    notes = [note for result in results for note in result["notes"]]
+    return [(note, cell) for note in [*remarks, *notes]]
 
 
 def train_command(row, settings, output):
-    """The line of a shell that makes a cell's runs. $DATA and $DESCRIPTIONS are the user's folders."""
+    """The shell's line that makes a cell's runs. $DATA and $DESCRIPTIONS are the user's folders."""
     dataset = settings["dataset"]
     defaults = default_settings(dataset, row.baseline, row.template)
-    words = ["python stage2.py --dataset", dataset, "--baseline", row.baseline, "--template", row.template]
+    words = ["python stage2.py", "--dataset", dataset,
+             "--baseline", row.baseline, "--template", row.template]
     for key, value in row.changed.items():
         if value != defaults[key]:
             words.append("--" + key.replace("_", "-"))
             if value is not True:
                 words.append(str(value))
+    shipped = pathlib.Path(data.ASSETS) / "descriptions" / f"{dataset}.json"
+    if row.template == "anchoropt" and not shipped.is_file():
+        words.append(f"--descriptions $DESCRIPTIONS/{dataset}.json")
     words.append("--seeds 1 2 3")
     if dataset != "toy":
         words.append("--root $DATA")
@@ -811,7 +992,7 @@ def train_command(row, settings, output):
 
 
 def table_records(number, table, cells):
-    """A dict of text per line: table, dataset, method, per measure ours, the paper's, difference; runs.
+    """A dict of text per line: table, dataset, method, per measure ours, theirs, difference; runs.
 
     Empty where there is no figure. What does not compare has no difference.
     """
@@ -826,39 +1007,32 @@ def table_records(number, table, cells):
             for measure in table.measures:
                 ours = cell.values.get(measure)
                 theirs = paper.get((dataset, label), {}).get(measure, "")
-                difference = ""
+                record[measure] = two_digits(ours)
+                record[f"{measure}_paper"] = theirs
+                record[f"{measure}_difference"] = ""
                 if ours is not None and theirs and cell.comparable:
-                    difference = f"{ours - float(theirs):+.2f}"
-                record |= {measure: two_digits(ours), f"{measure}_paper": theirs,
-                           f"{measure}_difference": difference}
+                    record[f"{measure}_difference"] = f"{ours - float(theirs):+.2f}"
             records.append(record | {"runs": cell.runs})
     return records
 
 
 def print_paper_table(args):
-    """`python eval.py --table N OUTPUT`: Markdown to stdout, or CSV (see --csv)."""
+    """`python eval.py OUTPUT --table N`: Markdown to stdout, or CSV (see --csv)."""
     results, table = load_results(args.paths), TABLES[args.table]
     output = args.paths[0]
-    if results:
+    if results:                                             # output/<dataset>/<run>/seed<k>
         output = os.path.relpath(results[0]["folder"].resolve().parent.parent.parent)
-    tables = [table]
-    if args.on:
-        check_on(args.on, table)
-        tables = [table._replace(datasets=(args.on,), blocks=(args.on,))]
-    elif "average" in table.blocks and not table.source:
-        toy = table._replace(datasets=("toy",), blocks=("toy",))
-        if fill(toy, results, output)[0]:                   # a practitioner's first runs, below the paper's
-            tables.append(toy)
-
-    notes = [f"the paper's {label}, {dataset}: {row['note']}"
-             for (dataset, label), row in load_paper(args.table).items()
-             if row["note"] and dataset in tables[0].blocks]
-    records, commands = [], []
+    records, commands, notes = [], [], []
+    tables = tables_to_show(table, args.on, results, output)
     for one in tables:
-        cells, missing, remarks = fill(one, results, output)
-        commands += missing
-        notes += remarks
+        cells, missing, own_notes = fill(one, results, output)
         records += table_records(args.table, one, cells)
+        commands += missing
+        notes += own_notes
+    for (dataset, label), row in load_paper(args.table).items():
+        if row["note"] and dataset in tables[0].blocks:
+            notes.append((row["note"], f"the paper's {label}, {dataset}"))
+
     if args.csv == "-":
         writer = csv.DictWriter(sys.stdout, list(records[0]), lineterminator="\n")
         writer.writeheader()
@@ -866,79 +1040,111 @@ def print_paper_table(args):
         return
     if args.csv:
         stage1.save_csv(args.csv, records)
-
-    header = ["method"]
-    for measure in table.measures:
-        header += [measure.replace("hm", "HM"), "paper", "diff"]
     print(f"## Table {args.table}: {table.title}")
-    for dataset in dict.fromkeys(record["dataset"] for record in records):
-        rows = [list(record.values())[2:] for record in records if record["dataset"] == dataset]
-        print("\n".join(["", f"### {dataset}", "", *markdown_table([*header, "runs"], rows)]))
-    if any(record["dataset"] == "toy" and record.get("base") for record in records):
-        print(f"\n{TOY_WARNING}")
+    print_records(records, table.measures)
     print_notes(notes)
     if commands:
-        print("\nEmpty cells, and what fills them ($DATA: the folder of the datasets)\n")
+        print("\nEmpty cells, and what fills them ($DATA: the folder of the datasets, "
+              "$DESCRIPTIONS: of their description files)\n")
         print("\n".join(["```", *commands, "```"]))
+
+
+def tables_to_show(table, on, results, output):
+    """The table as the paper has it, or on another dataset; the toy world's where it has runs."""
+    if on:
+        check_on(on, table)
+        return [table._replace(datasets=(on,), blocks=(on,))]
+    toy = table._replace(datasets=("toy",), blocks=("toy",))
+    if "average" in table.blocks and not table.source:
+        toy_cells, _, _ = fill(toy, results, output)
+        if toy_cells:                           # a first try, below the paper's datasets
+            return [table, toy]
+    return [table]
 
 
 def check_on(dataset, table):
     if table.source:
         raise ValueError(f"--on {dataset}: Tables 2 and 4 are of runs on imagenet")
     if dataset not in (*ELEVEN, "toy"):
-        raise ValueError(f"--on {dataset}: give one of {', '.join((*ELEVEN, 'toy'))}, which have training "
-                         "images")
+        raise ValueError(f"--on {dataset}: give one of {', '.join((*ELEVEN, 'toy'))}, which have "
+                         "training images")
+
+
+def print_records(records, measures):
+    """`table_records` as Markdown, a block for each dataset."""
+    header = ["method"]
+    for measure in measures:
+        header += [measure.replace("hm", "HM"), "paper", "diff"]
+    for dataset in dict.fromkeys(record["dataset"] for record in records):
+        of_dataset = [record for record in records if record["dataset"] == dataset]
+        rows = [list(record.values())[2:] for record in of_dataset]     # from the method on
+        print("\n".join(["", f"### {dataset}", "", *markdown_table([*header, "runs"], rows)]))
+        if dataset == "toy" and any(record["runs"] != "none yet" for record in of_dataset):
+            print(f"\n{TOY_WARNING}")
 
 
 # ---------------------------------------------------------------------------- command line
 
 def parse(argv):
-    parser = stage1.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", metavar="OUTPUT",
-                        help="folders written by stage2.py, with all that is under them; or one prompt.pt")
+    parser = stage1.Parser(description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", metavar="RUN",
+                        help="a run's folder or its prompt.pt; or a folder of many, as output/")
     group = parser.add_argument_group("what to do (default: list all runs found)")
     what = group.add_mutually_exclusive_group()
+    what.add_argument("--summary", choices=READINGS,
+                      help="a row per run with the standard deviation over seeds, for this prompt")
+    what.add_argument("--table", type=str.upper, choices=list(TABLES),
+                      help="collect the runs into this table of the paper, beside its figures")
+    what.add_argument("--figure", choices=["4"], help="draw the learnt position matrices")
     what.add_argument("--dataset", nargs="+", metavar="NAME",
-                      help="evaluate learnt prompts on all classes of these datasets")
+                      help="evaluate the learnt prompts on all classes of these datasets")
     what.add_argument("--images", nargs="+", metavar="PATH",
                       help="say what is on these pictures, or on those in a folder")
     what.add_argument("--save-text-features", metavar="FILE.npz",
-                      help="write class_names, normal and anchor: unit text features (C, d), float32")
-    what.add_argument("--table", type=str.upper, choices=list(TABLES),
-                      help="collect the runs into this table of the paper")
-    what.add_argument("--summary", choices=READINGS,
-                      help="a row per run with the standard deviation over seeds")
-    what.add_argument("--figure", choices=["4"], help="draw the learnt position matrices")
-    group = parser.add_argument_group("tables, figures, pictures")
+                      help="write class_names, normal, anchor: unit text features (C, d), float32")
+    group = parser.add_argument_group("tables and figures")
     group.add_argument("--on", metavar="NAME",
-                       help="with --table: the runs on this dataset instead (default: the paper's)")
+                       help="with --table: its runs on this dataset instead (default: the paper's)")
     group.add_argument("--csv", nargs="?", const="-", metavar="FILE",
-                       help="with --table or --images: write it as CSV too; without FILE a table goes to "
-                            "stdout as CSV alone")
-    group.add_argument("--output", metavar="FILE", help="with --figure: the picture (default: figure4.png)")
+                       help="with --table or --images: write it to FILE as CSV too; --table "
+                            "without FILE: CSV alone, to stdout")
+    group.add_argument("--output", metavar="FILE",
+                       help="with --figure: the picture to write (default: figure4.png)")
+    group = parser.add_argument_group("pictures, text features")
     group.add_argument("--classes-from", metavar="FILE",
-                       help="with --images, --save-text-features: any class names, one a line (default: the "
-                            "classes learnt on)")
-    group.add_argument("--top", type=stage1.at_least(1), default=5,
-                       help="with --images: how many classes of each (default: 5)")
-    group = parser.add_argument_group("with --dataset, --images, --save-text-features")
-    group.add_argument("--root", help="folder that holds the datasets (default: the environment's DATA, "
-                                      "else ./data)")
+                       help="a text file of any class names, one a line (default: the classes that "
+                            "the run learnt on)")
+    group.add_argument("--top", type=stage1.at_least(1), default=5, metavar="K",
+                       help="with --images: name the K likeliest classes of each (default: 5)")
+    group = parser.add_argument_group(
+        "with --dataset, --images, --save-text-features",
+        "A run's own settings say which CLIP it needs; give --clip only where that is a file.")
+    group.add_argument("--root", help="folder that holds the datasets (default: the environment's "
+                                      "DATA, else ./data)")
     stage1.add_clip_options(group)
     stage1.add_image_options(group)
     group.add_argument("--overwrite", action="store_true",
-                       help="evaluate again what is finished (default: skip it)")
+                       help="with --dataset: evaluate again what is finished (default: skip it)")
     args = parser.parse_args(argv)
-    for option, needs in (("on", ("table",)), ("csv", ("table", "images")), ("output", ("figure",)),
-                          ("classes_from", ("images", "save_text_features")), ("overwrite", ("dataset",))):
+    check_options(parser, args)
+    if args.workers is None:
+        args.workers = stage1.default_workers(args)
+    return args
+
+
+# Options that only mean something beside another one.
+GOES_WITH = {"on": ("table",), "csv": ("table", "images"), "output": ("figure",),
+             "classes_from": ("images", "save_text_features"), "overwrite": ("dataset",)}
+
+
+def check_options(parser, args):
+    for option, needs in GOES_WITH.items():
         if getattr(args, option) and not any(getattr(args, need) for need in needs):
             needed = " or ".join("--" + need.replace("_", "-") for need in needs)
             parser.error(f"--{option.replace('_', '-')} goes with {needed}")
     if args.images and args.csv == "-":
         parser.error("--csv needs a FILE with --images")
-    if args.workers is None:
-        args.workers = stage1.default_workers(args)
-    return args
 
 
 def run(args):
@@ -952,8 +1158,8 @@ def run(args):
         return print_paper_table(args)
     results = load_results(args.paths)
     if not results:
-        raise FileNotFoundError(f"no results.json under {', '.join(args.paths)}; train with: python "
-                                "stage2.py --dataset toy")
+        raise FileNotFoundError(f"no results.json under {', '.join(args.paths)}; train with: "
+                                "python stage2.py --dataset toy")
     if args.figure:
         return draw_figure4(results, args.output or "figure4.png")
     return print_table(results, args.summary)

@@ -1,7 +1,7 @@
-"""The objectives of AnchorOPT: Eqs. 5 and 10-12 of the paper, and the ensemble that teaches in Eq. 11.
+"""The objectives of AnchorOPT: Eqs. 5, 10-12 of the paper, and the ensemble that teaches in Eq. 11.
 
-Every function takes tensors and returns a tensor; nothing here knows about CLIP, prompts or files, so
-this module can be copied alone into any codebase. Symbols: B images, C classes, d feature width.
+Every function takes tensors and returns a tensor; nothing here knows about CLIP, prompts or files,
+so this module can be copied alone into any codebase. Symbols: B images, C classes, d feature width.
 """
 
 import torch
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 def anchor_mse(anchor_features, description_features):
     """Eq. 5:  L_theta_a = MSE( f_T(t_anc; theta_a), f_T(t_d) ).
 
-    Mean over classes, over each class's descriptions and over the d channels: every class weighs the
-    same, however many descriptions it has.
+    Mean over classes, over each class's descriptions and over the d channels: every class weighs
+    the same, however many descriptions it has.
 
     anchor_features (C, d): unit features of the anchor prompts t_anc, one per class.
-    description_features: a list of C tensors (D_c, d), the unit features of each class's descriptions
-        t_d; or their means (C, d), not renormalised. The two differ by a constant that does not depend
-        on the anchor (the descriptions' own variance, `description_variance`), so the gradient is the
-        same and a trainer may encode D_c sentences once and then use C rows.
+    description_features: a list of C tensors (D_c, d), the unit features of each class's
+        descriptions t_d; or their means (C, d), not renormalised. The two differ by a constant that
+        does not depend on the anchor (the descriptions' own variance, `description_variance`), so
+        the gradient is the same and a trainer may encode D_c sentences once and then use C rows.
     Returns a scalar. Raises ValueError when the classes or widths do not match.
     """
     if len(description_features) != len(anchor_features):
@@ -51,9 +51,9 @@ def cross_entropy(logits, labels):
 
 
 def ensemble_logits(logits_normal, logits_anchor):
-    """q_ens, as Algorithm 1 computes it:  l_ens = (l_anc + l_norm) / 2.  (S3.1 writes it with probabilities.)
+    """q_ens, as Algorithm 1 computes it:  l_ens = (l_anc + l_norm) / 2.
 
-    logits_normal, logits_anchor (B, C). Returns (B, C).
+    (S3.1 writes it with probabilities.) logits_normal, logits_anchor (B, C). Returns (B, C).
     """
     return (logits_normal + logits_anchor) / 2
 
@@ -61,8 +61,9 @@ def ensemble_logits(logits_normal, logits_anchor):
 def distillation_kl(logits_normal, logits_ensemble, temperature):
     """Eq. 11:  L2 = KL(q_norm, q_ens): the ensemble teaches the normal prompt.
 
-    The teacher q_ens is a constant here (detached). With T = temperature, p = softmax(l_ens / T) and
-    q = softmax(l_norm / T), this is  T^2 * mean over the B * C elements of  p (log p - log q).
+    The teacher q_ens is a constant here (detached). With T = temperature,
+    q_ens = softmax(l_ens / T) and q_norm = softmax(l_norm / T), this is  T^2  times the mean over
+    the B C elements of  q_ens (log q_ens - log q_norm).
     (The paper leaves direction and scale open. The tuned lambda_1 : lambda_2 belong to this scale.)
 
     logits_normal, logits_ensemble (B, C); temperature > 0. Returns a scalar.
@@ -70,9 +71,9 @@ def distillation_kl(logits_normal, logits_ensemble, temperature):
     """
     if not temperature > 0:
         raise ValueError(f"distillation_kl: the temperature must be positive, got {temperature}")
-    log_q = F.log_softmax(logits_normal / temperature, dim=-1)
-    log_p = F.log_softmax(logits_ensemble.detach() / temperature, dim=-1)
-    return temperature ** 2 * (log_p.exp() * (log_p - log_q)).mean()
+    log_q_norm = F.log_softmax(logits_normal / temperature, dim=-1)
+    log_q_ens = F.log_softmax(logits_ensemble.detach() / temperature, dim=-1)
+    return temperature ** 2 * (log_q_ens.exp() * (log_q_ens - log_q_norm)).mean()
 
 
 def total_loss(ce, kl, lambda_1, lambda_2):

@@ -1,8 +1,9 @@
-"""The position matrix W of AnchorOPT: Eqs. 6-9, the fixed arrangements of Tab. 8, and Fig. 4's picture.
+"""The position matrix W of AnchorOPT: Eqs. 6-9, the fixed matrices of Tab. 8, and Fig. 4's picture.
 
 W is (K, K) with K = M + N (M soft tokens, N anchor tokens). Row i is a position of the rearranged
-prompt, column j a token of the original sequence [V_1]..[V_M][Anc_1]..[Anc_N]; a 1 at (i, j) puts token j
-at position i. Rows are chosen one by one, so a token may be repeated or dropped (Sec. 4.2).
+prompt, column j a token of the original sequence [V_1]..[V_M][Anc_1]..[Anc_N]; a 1 at (i, j) puts
+token j at position i. Rows are chosen one by one, so a token may be repeated or dropped (Sec. 4.2).
+W is the hard matrix of Eq. 6; W-hat, its softened form of Eq. 7, serves the gradient alone.
 
 This module needs torch alone (matplotlib only when a picture is drawn): copy it into any codebase.
 """
@@ -15,13 +16,15 @@ import torch.nn.functional as F
 class PositionMatrix(nn.Module):
     """The learnable W.  `PositionMatrix(K)()` returns (K, K) with exactly one 1 in every row.
 
-    In training each call draws fresh Gumbel noise: the forward value is the hard assignment of Eq. 6, the
+    In training each call draws fresh Gumbel noise: the value is the hard assignment of Eq. 6, the
     gradient that of the soft assignment of Eq. 7 (straight-through). In eval mode it is the arg-max
-    without noise ("the hard assignment version is applied during inference"), so it is deterministic.
+    without noise, so it is deterministic. That is a reading: "the hard assignment version is
+    applied during inference" says the paper, and its hard version, Eq. 6, contains the noise. So
+    this is open; test_position="sample" is the other reading.
 
     size: K = M + N.
     tau: the temperature of Eq. 7, > 0; smaller is sharper (Tab. S3 tries 0.1 to 4).
-    test_position: "argmax", or "sample": draw noise in eval mode too, as the authors' released code does.
+    test_position: "argmax", or "sample": draw noise in eval mode too, as the authors' code does.
     Raises ValueError for a size below 1, a tau that is not positive, or another test_position.
     """
 
@@ -32,24 +35,28 @@ class PositionMatrix(nn.Module):
         if not tau > 0:
             raise ValueError(f"PositionMatrix: tau must be positive, got {tau}")
         if test_position not in ("argmax", "sample"):
-            raise ValueError(f"PositionMatrix: test_position is 'argmax' or 'sample', got {test_position!r}")
+            raise ValueError("PositionMatrix: test_position is 'argmax' or 'sample', "
+                             f"got {test_position!r}")
         self.tau, self.test_position = tau, test_position
         # Algorithm 1: pos_params = randn(N + M, N + M). Row i holds log p^i up to a constant, which
         # neither the arg-max of Eq. 6 nor the softmax of Eq. 7 can see.
         self.logits = nn.Parameter(torch.randn(size, size))
 
     def forward(self):
-        """Returns W (K, K). One call is one sample (Algorithm 1's gumbel_softmax): one for all classes, images and layers."""
+        """Returns W (K, K). One call is one sample (Algorithm 1's gumbel_softmax).
+
+        One sample serves all classes, images and layers of a step.
+        """
         if not self.training and self.test_position == "argmax":
             return hard_assignment(self.logits.detach())
         scores = self.logits + gumbel_noise(self.logits)            # log p_j^i + eps_j
         hard = hard_assignment(scores)                              # Eq. 6
         soft = soft_assignment(scores, self.tau)                    # Eq. 7
-        return hard + (soft - soft.detach())      # the bracket is exactly 0: the value is Eq. 6, to the bit
+        return hard + (soft - soft.detach())        # the bracket is exactly 0: Eq. 6, to the bit
 
 
 def gumbel_noise(like):
-    """Independent samples of Gumbel(0, 1), -log(-log U), in the shape, dtype and device of `like`."""
+    """Independent samples of Gumbel(0, 1), -log(-log U); shape, dtype and device of `like`."""
     exponential = torch.empty_like(like).exponential_()                   # -log U ~ Exp(1)
     return -exponential.clamp_min(torch.finfo(exponential.dtype).tiny).log()
 
@@ -99,19 +106,22 @@ def fixed_matrix(arrangement, n_soft, n_anchor):
 def plot_position_matrix(W, path, n_anchor=1, title=None):
     """Fig. 4: draws W with tokens of the original sequence as columns and prompt positions as rows.
 
-    W (K, K), or a dict title -> W to draw several side by side as the paper does; path: the picture to
-    write (its ending sets the format); n_anchor = N: how many of the last columns are anchors.
+    W (K, K), or a dict title -> W to draw several side by side as the paper does; path: the picture
+    to write (its ending sets the format); n_anchor = N: how many of the last columns are anchors.
     Raises ImportError, saying what to install, where matplotlib is missing.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg      # needs no display, changes no
-        from matplotlib.figure import Figure                             # global pyplot state
+        # These need no display and change no global state of pyplot.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing the position matrix needs matplotlib: pip install matplotlib") from error
+        raise ImportError("drawing the position matrix needs matplotlib: "
+                          "pip install matplotlib") from error
     panels = W if isinstance(W, dict) else {title or "": W}
     figure = Figure(figsize=(2.6 * len(panels) + 0.4, 3.0), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, matrix) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (name, matrix) in zip(row, panels.items()):
         matrix = torch.as_tensor(matrix, dtype=torch.float32).detach().cpu()
         rows, columns = matrix.shape
         axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1.25)

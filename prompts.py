@@ -1,14 +1,15 @@
 """CLIP seen through its token embeddings, the three prompt templates, and the four baselines.
 
-    templates   PlainTemplate (Eq. 2), AttributeTemplate (Eq. 3, ATPrompt), AnchorTemplate (Eqs. 8-9)
-    baselines   CoOp, CoCoOp, MaPLe, DePT, and zero-shot CLIP: each takes any of the templates
+    templates  PlainTemplate (Eq. 2), AttributeTemplate (Eq. 3, ATPrompt), AnchorTemplate (Eqs. 8-9)
+    baselines  CoOp, CoCoOp, MaPLe, DePT, and zero-shot CLIP: each takes any of the templates
 
-A learnt prompt reads  [SOS] context [CLS] . [EOT]  with [CLS] the tokens of a class name. A template makes
-the context; a baseline says what the context depends on (nothing, the image, the layer) and what else is
-learnt. Only `position.py` is needed beside this file.
+A learnt prompt reads  [SOS] context [CLS] . [EOT]  with [CLS] the tokens of a class name. A
+template makes the context; a baseline says what the context depends on (nothing, the image, the
+layer) and what else is learnt. Only `position.py` is needed beside this file.
 
-Symbols: B images, C classes, d feature width, d_t text-token width, d_v image-token width, M soft tokens,
-N anchor tokens, K = M + N, L context positions with [SOS], S suffix positions, H attention heads.
+Symbols: B images, C classes, d feature width, d_t text-token width, d_v image-token width, M soft
+tokens, N anchor tokens, K = M + N, L context positions with [SOS], S suffix positions, H attention
+heads, d_h the width of a head.
 """
 
 import copy
@@ -48,15 +49,15 @@ SOS, EOT = TOKENIZER.encoder["<|startoftext|>"], TOKENIZER.encoder["<|endoftext|
 # ---------------------------------------------------------------------------- features and logits
 
 def unit(x):
-    """x / ||x||_2 along the last axis, in float32 at least (Sec. 3.1: u and v_c are unit vectors)."""
+    """x / ||x||_2 along the last axis, in float32 at least (Sec. 3.1: u and v_c have length 1)."""
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
 
 
 def clip_logits(u, v, scale):
     """Eq. 1:  q(c | x) = softmax_c( u v_c^T / tau ); this returns what stands in the softmax.
 
-    u (B, d): unit image features. v (C, d): unit text features, or (B, C, d) where each image has prompts
-    of its own. scale: 1 / tau, CLIP's `logit_scale.exp()`. Returns (B, C).
+    u (B, d): unit image features. v (C, d): unit text features, or (B, C, d) where each image has
+    prompts of its own. scale: 1 / tau, CLIP's `logit_scale.exp()`. Returns (B, C).
     """
     if v.dim() == 2:
         return scale * u @ v.T
@@ -80,11 +81,12 @@ def new_tokens(clip_model, n, std=0.02):
 def class_suffix(clip_model, texts, before=1, inside=None):
     """What stands behind the context: the tokens of each text, then [EOT].
 
-    texts: C strings, e.g. class names with their full stop. before: how many tokens stand in front, [SOS]
-    and context. inside: tokens (N, d_t) to put between a class name and its full stop (Tab. 8, "after
-    class token"), or None.
-    Returns suffix (C, S, d_t), padded with zeros to the longest, and eot, the index of [EOT] in each of
-    the C rows, as plain numbers: they shape the computation.
+    texts: C strings, e.g. class names with their full stop.
+    before: how many tokens stand in front, [SOS] and the context.
+    inside: tokens (N, d_t) to put between a class name and its full stop (Tab. 8, "after class
+        token"), or None.
+    Returns suffix (C, S, d_t), padded with zeros to the longest, and eot, the index of [EOT] in
+    each of the C rows, as plain numbers: they shape the computation.
     Raises ValueError naming the texts that have no tokens, or too many for CLIP's 77.
     """
     names = [TOKENIZER.encode(text.removesuffix(".")) for text in texts]
@@ -94,7 +96,7 @@ def class_suffix(clip_model, texts, before=1, inside=None):
 
     ids = [TOKENIZER.encode(text) for text in texts]
     length = len(clip_model.positional_embedding)
-    room = length - before - 1
+    room = length - before - 1                                      # 1: [EOT]
     if inside is not None:
         room -= len(inside)
     too_long = [text for text, own in zip(texts, ids) if len(own) > room]
@@ -107,7 +109,7 @@ def class_suffix(clip_model, texts, before=1, inside=None):
     else:
         stop = embed(clip_model, TOKENIZER.encode(".") + [EOT])
         rows = [torch.cat([embed(clip_model, own), inside, stop]) for own in names]
-    suffix = nn.utils.rnn.pad_sequence(rows, batch_first=True)                  # (C, S, d_t)
+    suffix = nn.utils.rnn.pad_sequence(rows, batch_first=True)      # (C, S, d_t)
     return suffix, tuple(len(row) - 1 for row in rows)
 
 
@@ -121,64 +123,66 @@ def layer_norm(ln, x):
 
 
 def queries_keys_values(block, x):
-    """The input of a block's attention: x (..., n, width) -> q, k and v side by side (..., n, 3 width)."""
-    return F.linear(layer_norm(block.ln_1, x), block.attn.in_proj_weight, block.attn.in_proj_bias)
-
-
-def split_heads(x, heads):
-    """(..., n, width) -> (..., H, n, width / H)."""
-    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    """What attention works with: x (B, n, width) -> every head's q, k and v (B, 3 H, n, d_h)."""
+    x = layer_norm(block.ln_1, x)
+    qkv = F.linear(x, block.attn.in_proj_weight, block.attn.in_proj_bias)       # (B, n, 3 width)
+    return qkv.unflatten(-1, (3 * block.attn.num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x):
-    """(..., H, n, width / H) -> (..., n, width)."""
-    return x.transpose(-3, -2).flatten(-2)
+    """(B, H, n, d_h) -> (B, n, width)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def after_attention(block, x, attended):
-    """The rest of a residual block: x and attended (..., n, width) -> (..., n, width)."""
+    """The rest of a residual block: x and attended (B, n, width) -> (B, n, width)."""
     x = x + block.attn.out_proj(attended)
     h = block.mlp.c_fc(layer_norm(block.ln_2, x))
     if isinstance(block.mlp.gelu, clip.model.QuickGELU):
-        h = F.silu(1.702 * h) / 1.702           # = h sigmoid(1.702 h), and keeps one tensor, not two
+        h = F.silu(1.702 * h) / 1.702       # = h sigmoid(1.702 h), and keeps one tensor, not two
     else:
         h = block.mlp.gelu(h)
     return x + block.mlp.c_proj(h)
 
 
 def encode_text(clip_model, context, suffix, eot, deep=None, read_back=0, class_chunk=0):
-    """f_T for C prompts that share their context: the feature at [EOT], exactly as CLIP computes it.
+    """f_T for C prompts that share their context: the feature at [EOT], exactly as in CLIP.
 
-    CLIP's text attention is causal. So what stands behind [EOT] cannot reach the feature and is left out,
-    and the states of [SOS] and the context are the same for every class: they are computed once, and each
-    class's suffix attends to them. Context and suffixes stand in one row, packed end to end, so that
-    no class pays for a longer one; only attention sees the suffixes as a padded (C, S) grid.
+    CLIP's text attention is causal. So what stands behind [EOT] cannot reach the feature and is
+    left out, and the states of [SOS] and the context are the same for every class: they are
+    computed once, and each class's suffix attends to them. Context and suffixes stand in one row,
+    packed end to end, so that no class pays for a longer one; only attention sees the suffixes as
+    a padded (C, S) grid.
 
-    context (..., L, d_t): [SOS] and the context, with one leading axis at most (an image's own context,
-        CoCoOp). suffix (C, S, d_t), eot (C numbers): see `class_suffix`.
-    deep: None, or a function (layer, context states (..., L-1, d_t) without [SOS]) -> the states to go
-        on with, called before each block (Sec. 3.2.3).
-    read_back: 0, or n: read the feature n positions before [EOT], as the released code does; that place
-        may be in the context.
-    class_chunk: 0, or how many classes at a time: less memory for a second forward pass in the backward.
+    context (..., L, d_t): [SOS] and the context, with one leading axis at most (an image's own
+        context, CoCoOp).
+    suffix (C, S, d_t), eot (C numbers): see `class_suffix`.
+    deep: None, or a function (layer, context states (B, L-1, d_t) without [SOS]) -> the states to
+        go on with, called before each block (Sec. 3.2.3); B = 1 where the context has no such axis.
+    read_back: 0, or n: read the feature n positions before [EOT], as the released code does; that
+        place may be in the context.
+    class_chunk: 0, or how many classes at a time: less memory, for a second forward pass in the
+        backward.
     Returns (..., C, d), not normalised. Raises ValueError when L + S exceeds CLIP's context length.
     """
     L, S = context.shape[-2], suffix.shape[1]
     length = len(clip_model.positional_embedding)
     if L + S > length:
         raise ValueError(f"a prompt of {L + S} tokens is longer than CLIP's {length}")
-    contexts = context if context.dim() == 3 else context.unsqueeze(0)                  # (B, L, d_t)
+    contexts = context if context.dim() == 3 else context.unsqueeze(0)          # (B, L, d_t)
     n = _classes_at_once(len(suffix), len(contexts), class_chunk, suffix.device)
     eot = tuple(int(place) for place in eot)
+
     features = []
     for start in range(0, len(suffix), n):
-        part = (clip_model, contexts, suffix[start:start + n], eot[start:start + n], deep, read_back)
+        own_suffix, own_eot = suffix[start:start + n], eot[start:start + n]
+        part = (clip_model, contexts, own_suffix, own_eot, deep, read_back)
         if n < len(suffix) and torch.is_grad_enabled():
-            part_features = checkpoint(_encode_classes, *part, use_reentrant=False,
-                                       preserve_rng_state=False)
+            own_features = checkpoint(_encode_classes, *part, use_reentrant=False,
+                                      preserve_rng_state=False)
         else:
-            part_features = _encode_classes(*part)
-        features.append(part_features)                                                  # (B, n, d)
+            own_features = _encode_classes(*part)
+        features.append(own_features)                                           # (B, n, d)
     features = torch.cat(features, dim=1) if len(features) > 1 else features[0]
     return features.reshape(*context.shape[:-2], len(suffix), -1)
 
@@ -195,49 +199,57 @@ def _classes_at_once(n_classes, n_contexts, class_chunk, device):
 
 def _encode_classes(clip_model, contexts, suffix, eot, deep, read_back):
     """`encode_text` for one chunk of C classes and B contexts (B, L, d_t) -> (B, C, d)."""
-    (B, L, d_t), (C, S, _) = contexts.shape, suffix.shape
-    packed, grid, read = _places(eot, S, L, read_back, suffix.device)
-    position = clip_model.positional_embedding.to(clip_model.dtype)
-    later = torch.ones(S, S, dtype=torch.bool, device=suffix.device).triu(1)    # s sees 0..s of its class
+    (B, L, _), (C, S, _) = contexts.shape, suffix.shape
+    dtype, device = clip_model.dtype, suffix.device
+    packed, grid, read = _places(eot, S, L, read_back, device)
+    T = len(packed)                                                 # tokens of all C classes
+    causal = torch.full((S, S), -torch.inf, dtype=dtype, device=device).triu(1)
+    position = clip_model.positional_embedding.to(dtype)
 
-    # One row of tokens for each context: its L, then the T = sum(eot + 1) of all the classes.
+    # One row of tokens for each context: its L, then the T of all classes.
     # t_norm = concat(W . t_v, [CLS]) of Eq. 9: here [CLS] joins the context.
-    own = suffix.to(clip_model.dtype) + position[L:L + S]                       # (C, S, d_t)
-    own = own.flatten(0, 1).index_select(0, packed)                             # (T, d_t)
-    h = contexts.to(clip_model.dtype) + position[:L]                            # (B, L, d_t)
-    h = torch.cat([h, own.expand(B, -1, -1)], dim=1)                            # (B, L + T, d_t)
+    own = suffix.to(dtype) + position[L:L + S]                      # (C, S, d_t)
+    own = own.flatten(0, 1).index_select(0, packed)                 # (T, d_t)
+    h = contexts.to(dtype) + position[:L]                           # (B, L, d_t)
+    h = torch.cat([h, own.expand(B, -1, -1)], dim=1)                # (B, L + T, d_t)
 
     blocks = clip_model.transformer.resblocks
     for layer, block in enumerate(blocks):
         if deep is not None:
-            inner = deep(layer, h[:, 1:L]).to(h.dtype)
-            h = torch.cat([h[:, :1], inner, h[:, L:]], dim=1)
-        H = block.attn.num_heads
-        qkv = queries_keys_values(block, h)                                     # (B, L + T, 3 d_t)
+            sos, inner, own = h.split([1, L - 1, T], dim=1)
+            h = torch.cat([sos, deep(layer, inner).to(dtype), own], dim=1)
+        qkv = queries_keys_values(block, h)                         # (B, 3 H, L + T, d_h)
+        qkv_context, qkv_own = qkv.split([L, T], dim=2)
 
         # The context attends to itself,
-        q, k, v = (split_heads(t, H) for t in qkv[:, :L].chunk(3, dim=-1))      # (B, H, L, d_t / H)
+        q, k, v = qkv_context.chunk(3, dim=1)                       # (B, H, L, d_h)
         of_context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
         # and each class to the context, of which nothing is copied, and to its own tokens.
-        own = qkv[:, L:].index_select(1, grid)                                  # (B, C S, 3 d_t)
-        q_own, k_own, v_own = (split_heads(t, H) for t in own.chunk(3, dim=-1))   # (B, H, C S, d_t / H)
-        q_own = q_own * (d_t // H) ** -0.5
-        to_context = (q_own @ k.mT).unflatten(2, (C, S))                        # (B, H, C, S, L)
-        q_own, k_own, v_own = (t.unflatten(2, (C, S)) for t in (q_own, k_own, v_own))
-        to_own = (q_own @ k_own.mT).masked_fill(later, -torch.inf)              # (B, H, C, S, S)
+        qkv_own = qkv_own.index_select(2, grid)                     # (B, 3 H, C S, d_h)
+        q_own, k_own, v_own = qkv_own.chunk(3, dim=1)               # (B, H, C S, d_h)
+        q_own = q_own * q_own.shape[-1] ** -0.5
+        to_context = (q_own @ k.mT).unflatten(2, (C, S))            # (B, H, C, S, L)
+        q_own = q_own.unflatten(2, (C, S))                          # (B, H, C, S, d_h)
+        k_own = k_own.unflatten(2, (C, S))
+        v_own = v_own.unflatten(2, (C, S))
+        to_own = q_own @ k_own.mT + causal                          # (B, H, C, S, S)
         A = torch.cat([to_context, to_own], dim=-1).softmax(-1)
-        of_suffix = A[..., :L].flatten(2, 3) @ v + (A[..., L:] @ v_own).flatten(2, 3)
+        A_context, A_own = A.split([L, S], dim=-1)
+        from_context = A_context.flatten(2, 3) @ v                  # (B, H, C S, d_h)
+        from_own = (A_own @ v_own).flatten(2, 3)                    # (B, H, C S, d_h)
+        of_own = (from_context + from_own).index_select(2, packed)  # (B, H, T, d_h)
 
-        attended = torch.cat([of_context, of_suffix.index_select(2, packed)], dim=2)
-        attended = merge_heads(attended)                                        # (B, L + T, d_t)
-        if block is blocks[-1]:                 # of the last states only those that are read: (B, C, d_t)
-            h, attended = h.index_select(1, read), attended.index_select(1, read)
+        attended = merge_heads(torch.cat([of_context, of_own], dim=2))          # (B, L + T, d_t)
+        if block is blocks[-1]:                 # of the last states only those that are read
+            h = h.index_select(1, read)                             # (B, C, d_t)
+            attended = attended.index_select(1, read)
         h = after_attention(block, h, attended)
     return layer_norm(clip_model.ln_final, h) @ clip_model.text_projection
 
 
-@functools.lru_cache(maxsize=1024)                  # so that a training step copies nothing to the GPU
+@functools.lru_cache(maxsize=256)               # so that a training step copies nothing to the GPU
+@torch.inference_mode(False)                    # what is kept must serve a training step as well
 def _places(eot, S, L, read_back, device):
     """Index tensors of `_encode_classes`. Two classes carried through, with L = 3 and S = 4:
 
@@ -245,65 +257,70 @@ def _places(eot, S, L, read_back, device):
         ant        ant  .    E  pad       2      0 1 2 -               3 4 5
         yin yang   yin  yang .  E         3      4 5 6 7               6 7 8 9
 
-    packed (T,): the places of the grid that are used          0 1 2 4 5 6 7
-    grid (C S,): which of the T tokens stands at each place    0 1 2 2 3 4 5 6   (padding repeats the last
-                 token: it stands behind [EOT], so nobody attends to it)
-    read (C,): where each feature is read, among the L + T     5 9
+    packed (T,): the places of the grid that are used             0 1 2 4 5 6 7
+    grid (C S,): which of the T tokens stands at each place       0 1 2 2 3 4 5 6
+                 (padding repeats the last one: it stands behind [EOT], so nobody attends to it)
+    read (C,): where among the L + T each feature is read         5 9
     """
-    eot = np.array(eot)
-    used = (np.arange(S) <= eot[:, None]).flatten()                 # (C S,)
-    packed = used.nonzero()[0]
-    grid = used.cumsum() - 1
-    first = (eot + 1).cumsum() - (eot + 1)                          # of each class, among the T tokens
+    eot = torch.tensor(eot)
+    used = torch.arange(S) <= eot[:, None]                          # (C, S)
+    packed = used.flatten().nonzero().flatten()
+    grid = used.flatten().cumsum(0) - 1
+    end = L + (eot + 1).cumsum(0)                                   # behind each class's [EOT]
+    start = end - (eot + 1)                                         # its first token
     at = eot - read_back                                            # below 0: in the context
-    read = np.maximum(np.where(at < 0, L + at, L + first + at), 0)
-    return [torch.tensor(places.tolist(), device=device) for places in (packed, grid, read)]
+    read = torch.where(at < 0, L + at, start + at).clamp_min(0)
+    return packed.to(device), grid.to(device), read.to(device)
 
 
 def encode_sentences(clip_model, sentences, batch_size=256):
     """f_T of whole sentences, each behind [SOS]: (n, d), not normalised, without gradient.
 
-    The same as `clip_model.encode_text(clip.tokenize(sentences))` without the padding. Raises ValueError
-    naming the sentences that are too long for CLIP or have no tokens.
+    The same as `clip_model.encode_text(clip.tokenize(sentences))` without the padding. Raises
+    ValueError naming the sentences that are too long for CLIP or have no tokens.
     """
+    sos = embed(clip_model, [SOS])
     features = []
     with torch.no_grad():
         for start in range(0, len(sentences), batch_size):
             suffix, eot = class_suffix(clip_model, sentences[start:start + batch_size])
-            features.append(encode_text(clip_model, embed(clip_model, [SOS]), suffix, eot))
+            features.append(encode_text(clip_model, sos, suffix, eot))
     return torch.cat(features)
 
 
-# ---------------------------------------------------------------------------- f_I, the image encoder
+# --------------------------------------------------------------------------- f_I, the image encoder
 
 def encode_image(clip_model, images, tokens=()):
-    """f_I with visual prompts: (B, 3, R, R) -> (B, d), not normalised. With no tokens it is CLIP's own.
+    """f_I with visual prompts: (B, 3, R, R) -> (B, d), not normalised. With no tokens, CLIP's own.
 
-    tokens: the prompts (M, d_v) of blocks 0, 1, ...: the first are appended behind the patches, with no
-    position, before `ln_pre`; each later one replaces the last M states before its block (MaPLe).
+    tokens: the prompts (M, d_v) of blocks 0, 1, ...: the first are appended behind the patches,
+    with no position, before `ln_pre`; each later one replaces the last M states before its block
+    (MaPLe).
     """
     visual = clip_model.visual
     if len(images) > 8 and images.device.type == "cpu" and not torch.is_grad_enabled():
-        # 8 at a time: 256 take 1.4x longer an image, and 3 GB, as the system reclaims large temporaries.
+        # 256 at once take 1.4x longer an image, and 3 GB: the system reclaims large temporaries.
         return torch.cat([encode_image(clip_model, part, tokens) for part in images.split(8)])
-    if not hasattr(visual, "transformer"):                          # a ResNet: no prompts, CLIP's own path
+    if not hasattr(visual, "transformer"):                  # a ResNet: no prompts, CLIP's own path
         return clip_model.encode_image(images)
-    patches = visual.conv1(images.to(clip_model.dtype)).flatten(2).transpose(1, 2)      # (B, n, d_v)
-    first = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-    x = torch.cat([first, patches], dim=1)                                              # (B, 1 + n, d_v)
-    x = x + visual.positional_embedding.to(x.dtype)
-    prompts = [V_l.to(x.dtype).expand(len(x), -1, -1) for V_l in tokens]                # (B, M, d_v)
+
+    patches = visual.conv1(images.to(clip_model.dtype)).flatten(2).transpose(1, 2)  # (B, n, d_v)
+    dtype = patches.dtype
+    first = visual.class_embedding.to(dtype).expand(len(patches), 1, -1)
+    x = torch.cat([first, patches], dim=1)                                      # (B, 1 + n, d_v)
+    x = x + visual.positional_embedding.to(dtype)
+    prompts = [V_l.to(dtype).expand(len(x), -1, -1) for V_l in tokens]          # (B, M, d_v) each
     x = layer_norm(visual.ln_pre, torch.cat([x, *prompts[:1]], dim=1))
     blocks = visual.transformer.resblocks
     for layer, block in enumerate(blocks):
         if 1 <= layer < len(prompts):
             kept = x[:, :x.shape[1] - prompts[layer].shape[1]]
             x = torch.cat([kept, prompts[layer]], dim=1)
-        qkv = queries_keys_values(block, x).chunk(3, dim=-1)
-        q, k, v = (split_heads(t, block.attn.num_heads) for t in qkv)
-        if block is blocks[-1]:                     # of the last states only the first is read
+        q, k, v = queries_keys_values(block, x).chunk(3, dim=1)                 # (B, H, n, d_h)
+        if block is blocks[-1]:                 # of the last states only the first is read
             q, x = q[:, :, :1], x[:, :1]
-        x = after_attention(block, x, merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        attended = merge_heads(F.scaled_dot_product_attention(q, k, v))
+        x = after_attention(block, x, attended)
     return layer_norm(visual.ln_post, x[:, 0]) @ visual.proj
 
 
@@ -312,14 +329,18 @@ def encode_image(clip_model, images, tokens=()):
 class PlainTemplate(nn.Module):
     """Eq. 2:  t_v = [V_1] ... [V_M] [CLS].  The learnable context of CoOp, CoCoOp, MaPLe and DePT.
 
-    n_soft = M. words: start the soft tokens at the embeddings of the first M of these words ("a photo of
-    a") where there are that many, else at N(0, 0.02^2). Words beyond the first M stay in the prompt, not
-    learnt: plain MaPLe's M = 2 reads  [V_1] [V_2] of a [CLS].
+    n_soft: M.
+    words: start the soft tokens at the embeddings of the first M of these words ("a photo of a")
+        where there are that many, else at N(0, 0.02^2). Words beyond the first M stay in the
+        prompt, not learnt: plain MaPLe's M = 2 reads  [V_1] [V_2] of a [CLS].
 
-    Every template has: `soft_tokens` (M, d_t), the V above; `length`, its context positions;
-    `position_matrix`, the learnt W or None; a call, given None or a shift (B, d_t) for the soft tokens
-    (CoCoOp), that returns the context (..., length, d_t) and the W that made it, or None; and `deepen`,
-    the deep variant's rule for what enters a deeper block.
+    Every template has:
+    `soft_tokens` (M, d_t), the V above;
+    `length`, how many positions its context has;
+    `position_matrix`, the learnt W or None;
+    a call, given None or a shift (B, d_t) for the soft tokens (CoCoOp), that returns the context
+        (..., length, d_t) and the W that made it, or None;
+    `deepen`, the deep variant's rule for what enters a deeper block.
     """
     anchor_in_suffix = False
 
@@ -338,28 +359,28 @@ class PlainTemplate(nn.Module):
         return torch.cat([V, self.rest.expand(*V.shape[:-2], -1, -1)], dim=-2), None
 
     def shifted(self, shift=None):
-        """The soft tokens (M, d_t); CoCoOp shifts each of them by the image's shift: (B, M, d_t)."""
+        """The soft tokens (M, d_t); or each of them plus an image's shift (CoCoOp): (B, M, d_t)."""
         if shift is None:
             return self.soft_tokens
         return self.soft_tokens + shift.unsqueeze(-2)
 
     def deepen(self, W, V_l, hidden):
-        """MaPLe, Fig. 3a: the states of the soft tokens are dropped, this layer's V_l (M, d_t) comes in."""
+        """MaPLe, Fig. 3a: this layer's V_l (M, d_t) replaces the states of the soft tokens."""
         kept = hidden[..., len(V_l):, :]
         return torch.cat([V_l.expand(*kept.shape[:-2], -1, -1), kept], dim=-2)
 
 
 class AttributeTemplate(PlainTemplate):
-    """Eq. 3:  t_attr = [V_a1] ... [V_am] [Anc^e] [V_1] ... [V_M] [CLS].  ATPrompt, for 1 to 3 attributes.
+    """Eq. 3:  t_attr = [V_a1] ... [V_am] [Anc^e] [V_1] ... [V_M] [CLS].  (ATPrompt.)
 
-    Each attribute word (all of its tokens) stands behind m = M soft tokens of its own.
+    attributes: 1 to 3 words. Each (all of its tokens) stands behind m = M soft tokens of its own.
     Raises ValueError for no attribute, or one without tokens.
     """
 
     def __init__(self, clip_model, n_soft, attributes):
         super().__init__(clip_model, n_soft)
         if not attributes or not all(TOKENIZER.encode(word) for word in attributes):
-            raise ValueError(f"attributes {attributes}: each must be a word that has tokens, e.g. shape")
+            raise ValueError(f"attributes {attributes}: each must have tokens, as shape has")
         self.attribute_soft_tokens = nn.ParameterList(new_tokens(clip_model, n_soft, 0.01)
                                                       for _ in attributes)
         for i, word in enumerate(attributes):
@@ -376,7 +397,7 @@ class AttributeTemplate(PlainTemplate):
         return torch.cat([attributes, V], dim=-2), None
 
     def deepen(self, W, V_l, hidden):
-        """ATPrompt, Fig. 3b: attribute words and their soft tokens keep their states, V_l replaces the V."""
+        """ATPrompt, Fig. 3b: V_l replaces the states of the V; all others stay."""
         kept = hidden[..., :self.length - len(V_l), :]
         return torch.cat([kept, V_l.expand(*kept.shape[:-2], -1, -1)], dim=-2)
 
@@ -384,9 +405,10 @@ class AttributeTemplate(PlainTemplate):
 class AnchorTemplate(PlainTemplate):
     """Eqs. 8-9:  t_v = [V_1] ... [V_M] [Anc_1] ... [Anc_N],  t_norm = concat(W . t_v, [CLS]).
 
-    anchor_tokens (N, d_t): frozen, from Stage I. arrangement (Tab. 8): "adaptive" (W is learnt), "before"
-    or "middle" (a fixed W), "after-class" (soft tokens alone in front; the anchor stands between the class
-    name and its full stop). tau, test_position: see `position.PositionMatrix`.
+    anchor_tokens (N, d_t): frozen, from Stage I.
+    arrangement (Tab. 8): "adaptive" (W is learnt), "before" or "middle" (a fixed W), "after-class"
+        (soft tokens alone in front; the anchor stands between the class name and its full stop).
+    tau, test_position: see `position.PositionMatrix`.
     """
 
     def __init__(self, clip_model, n_soft, anchor_tokens, arrangement="adaptive", tau=1.0,
@@ -397,8 +419,9 @@ class AnchorTemplate(PlainTemplate):
         self.register_buffer("anchor_tokens", anchor_tokens)
         self.anchor_in_suffix = arrangement == "after-class"
         self.length = n_soft if self.anchor_in_suffix else n_soft + n_anchor
-        if arrangement == "adaptive":
-            self.position_matrix = PositionMatrix(n_soft + n_anchor, tau, test_position).to(device)
+        if arrangement == "adaptive":                               # theta_pos
+            W = PositionMatrix(n_soft + n_anchor, tau, test_position)
+            self.position_matrix = W.to(device)
             return
         if self.anchor_in_suffix:
             W = torch.eye(n_soft, n_soft + n_anchor)                # no row takes an anchor
@@ -414,10 +437,11 @@ class AnchorTemplate(PlainTemplate):
         return rearrange(W, t_v), W                                 # Eq. 9: (..., length, d_t)
 
     def deepen(self, W, V_l, hidden):
-        """Sec. 3.2.3, Fig. 3c: soft tokens are replaced, anchors keep their state, both where W put them.
+        """Sec. 3.2.3, Fig. 3c: V_l replaces the soft tokens' states, anchors keep theirs.
 
-        Row i of W holds its 1 among the first M columns (a soft token: V_l comes in) or among the last N
-        (an anchor: the state at position i stays). hidden (..., length, d_t); returns the same shape.
+        Both stand where W put them: row i of W holds its 1 among the first M columns (a soft
+        token: V_l comes in) or among the last N (an anchor: the state at position i stays).
+        hidden (..., length, d_t); returns the same shape.
         """
         W, M = W.to(hidden.dtype), len(V_l)
         soft = W[:, :M] @ V_l.to(hidden.dtype)                      # (length, d_t)
@@ -430,8 +454,8 @@ class AnchorTemplate(PlainTemplate):
 class CoOp(nn.Module):
     """CoOp: one context for all classes and images. The learner that the other baselines extend.
 
-    template: one of the templates above. read_back: 0, or N where the feature is read as in the released
-    code; class_chunk: see `encode_text`.
+    template: one of the templates above. read_back: 0, or N where the feature is read as in the
+    released code; class_chunk: see `encode_text`.
     A learner maps the frozen CLIP's image features f (B, d), not normalised, to logits (B, C);
     `set_classes(names)` rebinds the learnt prompt to other classes.
     Raises ValueError naming class names that do not fit into CLIP's 77 tokens.
@@ -441,7 +465,7 @@ class CoOp(nn.Module):
 
     def __init__(self, clip_model, class_names, template, read_back=0, class_chunk=0):
         super().__init__()
-        object.__setattr__(self, "clip_model", clip_model)     # not a submodule: it is not ours to save
+        object.__setattr__(self, "clip_model", clip_model)     # not a submodule: not ours to save
         self.template = template
         self.read_back = read_back
         self.class_chunk = class_chunk
@@ -459,14 +483,14 @@ class CoOp(nn.Module):
         return self
 
     def encode_context(self, context, deep=None):
-        """context (..., length, d_t) -> f_T(t_norm) with t_norm = concat(context, [CLS]): (..., C, d)."""
+        """context (..., length, d_t) -> f_T of it and each [CLS], not normalised: (..., C, d)."""
         sos = self.sos.to(context.dtype).expand(*context.shape[:-2], -1, -1)
-        prompt = torch.cat([sos, context], dim=-2)                              # (..., L, d_t)
-        return encode_text(self.clip_model, prompt, self.suffix, self.eot, deep, self.read_back,
+        context = torch.cat([sos, context], dim=-2)                             # (..., L, d_t)
+        return encode_text(self.clip_model, context, self.suffix, self.eot, deep, self.read_back,
                            self.class_chunk)
 
     def text_features(self, f_img=None):
-        """f_T(t_norm), not normalised: (C, d), or (B, C, d) where the prompt depends on the image."""
+        """f_T(t_norm), not normalised: (C, d), or (B, C, d) with `prompts_per_image`."""
         context, W = self.template()
         return self.encode_context(context)
 
@@ -483,15 +507,16 @@ class CoOp(nn.Module):
         return ce
 
     def forward(self, f, images=None):
-        """l_norm, the logits of q_norm: (B, C), of f (B, d) and, where `needs_images`, the images."""
+        """l_norm, the logits of q_norm (B, C), for f (B, d) and, where needed, the images."""
         f_img = self.image_features(f, images)
         return self.logits(f_img, self.text_features(f_img))
 
 
 class CoCoOp(CoOp):
-    """CoCoOp: a meta-network shifts the soft tokens by pi(u), u the unit image feature; then W rearranges.
+    """CoCoOp: a meta-network pi shifts the soft tokens by pi(u), u the unit image feature.
 
-    pi = Linear(d, d / 16), ReLU, Linear(d / 16, d_t). Each image has a context of its own.
+    pi = Linear(d, d / 16), ReLU, Linear(d / 16, d_t). Each image has a context of its own; W
+    rearranges what was shifted.
     """
     prompts_per_image = True
 
@@ -503,16 +528,17 @@ class CoCoOp(CoOp):
 
     def text_features(self, f_img):
         u = unit(f_img).to(self.meta_net[0].weight.dtype)
-        context, W = self.template(self.meta_net(u))                            # shift (B, d_t)
-        return self.encode_context(context)
+        context, W = self.template(self.meta_net(u))                # shift (B, d_t)
+        return self.encode_context(context)                         # (B, C, d)
 
 
 class MaPLe(CoOp):
     """MaPLe: soft tokens V_l at the input of the first `depth` blocks of both towers (1 = shallow).
 
-    Text: V_0 are the template's soft tokens; before blocks 1..depth-1 `template.deepen` brings in V_l.
-    Image: Linear_l(V_l), (M, d_v). Linear_0 maps the soft tokens before W rearranges them (Fig. S4).
-    Raises ValueError for a depth beyond the towers, or an image tower that is no vision transformer.
+    Text: V_0 are the template's soft tokens; before blocks 1..depth-1 `template.deepen` brings in
+    V_l. Image: Linear_l(V_l), (M, d_v). Linear_0 maps the soft tokens before W rearranges them
+    (Fig. S4).
+    Raises ValueError for a depth beyond the towers, or an image tower that is a ResNet.
     """
     needs_images = True
 
@@ -538,14 +564,14 @@ class MaPLe(CoOp):
 
     def image_features(self, f, images=None):
         V = [self.template.soft_tokens, *self.deep_tokens]
-        visual_tokens = [linear(V_l) for linear, V_l in zip(self.to_visual, V)]         # (M, d_v) each
+        visual_tokens = [linear(V_l) for linear, V_l in zip(self.to_visual, V)]     # (M, d_v) each
         return encode_image(self.clip_model, images, visual_tokens)
 
 
 def check_depth(clip_model, depth):
     """Raises ValueError where MaPLe cannot prompt the first `depth` blocks of both towers."""
     if not hasattr(clip_model.visual, "transformer"):
-        raise ValueError("MaPLe prompts a vision transformer, and this CLIP's image tower is a ResNet")
+        raise ValueError("MaPLe prompts a vision transformer; this CLIP's image tower is a ResNet")
     layers = min(clip_model.transformer.layers, clip_model.visual.transformer.layers)
     if not 1 <= depth <= layers:
         raise ValueError(f"depth {depth}: this CLIP's towers share {layers} blocks, "
@@ -578,13 +604,14 @@ class DePT(CoOp):
         return self.head(f_text.to(self.scale_text.dtype) * self.scale_text + self.bias_text)
 
     def own_loss(self, ce, f_img, f_norm, labels):
-        """(1 - w_cat) CE_itm + w_cat CE_cat, CE_cat over the B labels' text features and the B images."""
-        rows = torch.cat([self.head_of_texts(f_norm[labels]), self.head_of_images(f_img)])      # (2 B, C)
-        ce_cat = F.cross_entropy(rows, torch.cat([labels, labels]))
+        """(1 - w_cat) CE_itm + w_cat CE_cat; CE_cat is over B texts (the labels') and B images."""
+        of_texts = self.head_of_texts(f_norm[labels])               # (B, C_base)
+        of_images = self.head_of_images(f_img)                      # (B, C_base)
+        ce_cat = F.cross_entropy(torch.cat([of_texts, of_images]), torch.cat([labels, labels]))
         return (1 - self.w_cat) * ce + self.w_cat * ce_cat
 
     def forward(self, f, images=None):
-        """Base classes: (1 - w_cat) ITM logits + w_cat head logits. Any other classes: ITM logits."""
+        """Base classes: (1 - w_cat) ITM logits + w_cat head logits. Other classes: ITM logits."""
         itm = super().forward(f, images)
         if self.class_names != self.base_class_names:
             return itm
@@ -592,7 +619,7 @@ class DePT(CoOp):
 
 
 class ZeroShot(CoOp):
-    """CLIP as it is (Fig. 1a): a hand-written prompt such as "a photo of a {}." and nothing to learn."""
+    """CLIP as it is (Fig. 1a): a written prompt such as "a photo of a {}." and nothing to learn."""
 
     def __init__(self, clip_model, class_names, prompt="a photo of a {}."):
         nn.Module.__init__(self)
@@ -617,11 +644,11 @@ TEMPLATES = ("plain", "atprompt", "anchoropt")
 
 
 def build_learner(settings, clip_model, class_names, anchor_tokens=None):
-    """The learner that saved settings describe, with fresh values; load its state dict for learnt ones.
+    """The learner that saved settings describe, with fresh values; then load its state dict.
 
-    settings: a dict as stage2.py saves it (baseline, template, soft_tokens, ...). anchor_tokens (N, d_t):
-    needed by template "anchoropt". Raises ValueError for an unknown baseline or template, or anchors of
-    another width than this CLIP's.
+    settings: a dict as stage2.py saves it (baseline, template, soft_tokens, ...). anchor_tokens
+    (N, d_t): needed by template "anchoropt".
+    Raises ValueError for an unknown baseline or template, or anchors of another width than CLIP's.
     """
     baseline, template_name = settings["baseline"], settings["template"]
     if baseline not in BASELINES or template_name not in TEMPLATES:
@@ -650,46 +677,56 @@ def build_learner(settings, clip_model, class_names, anchor_tokens=None):
 
 
 def check_width(clip_model, anchor_tokens):
-    """Raises ValueError where there are no anchor tokens, or they have another width than CLIP's."""
+    """Raises ValueError where there are no anchor tokens, or they are not as wide as CLIP's."""
     width = clip_model.token_embedding.weight.shape[1]
     if anchor_tokens is None:
         raise ValueError("the anchoropt template needs anchor tokens")
     if anchor_tokens.shape[1] != width:
-        raise ValueError(f"anchor tokens of width {anchor_tokens.shape[1]} do not fit this CLIP's {width}")
+        raise ValueError(f"anchor tokens of width {anchor_tokens.shape[1]} do not fit this CLIP, "
+                         f"which has a width of {width}")
 
 
 # ---------------------------------------------------------------------------- loading CLIP
 
 TOY_CLIP = pathlib.Path(__file__).resolve().parent / "assets" / "toy_clip.npz"
-# Image towers of OpenCLIP whose heads are known not to be 64 wide: width -> heads.
-KNOWN_HEADS = {1280: 16, 1408: 16, 1664: 16}
+# Image towers of OpenCLIP (ViT-H, -g, -bigG) whose heads are not 64 wide: width -> heads.
+HEADS_NOT_64_WIDE = {1280: 16, 1408: 16, 1664: 16}
 
 
-def load_clip(name_or_path, device="cpu", dtype=None, activation=None, vision_heads=None, text_heads=None):
+def load_clip(name_or_path, device="cpu", dtype=None, activation=None, vision_heads=None,
+              text_heads=None):
     """A frozen CLIP in eval mode.
 
-    name_or_path: "toy" (the small CLIP under assets/), a name of `clip.available_models()`, or the path of
-        a checkpoint: one of OpenAI's own files, or a state dict (torch.save or safetensors; bare or
-        wrapped; with the keys of OpenAI, OpenCLIP or HuggingFace's CLIPModel).
+    name_or_path: "toy" (the small CLIP under assets/), a name of `clip.available_models()`, or the
+        path of a checkpoint: one of OpenAI's own files, or a state dict (torch.save or safetensors;
+        bare or wrapped; with the keys of OpenAI, OpenCLIP or HuggingFace's CLIPModel).
     dtype: of its large matrices, default float16 on CUDA and float32 elsewhere (CLIP's own rule).
-    activation: "quickgelu" (OpenAI's, default) or "gelu" (most of OpenCLIP's). vision_heads, text_heads:
-        attention heads of each tower, default a head for 64 channels. Neither stands in a state dict.
+    activation: "quickgelu" (OpenAI's, default) or "gelu" (most of OpenCLIP's). vision_heads,
+        text_heads: attention heads of each tower, default one for 64 channels. None of these stands
+        in a state dict, so they can be told.
     Returns a `clip.model.CLIP`; its `notes` say what was assumed about a file that is not OpenAI's.
-    Raises FileNotFoundError for an unknown name or missing weights, ValueError for a file that is not a
-    CLIP or a device that is not there. Files are read as data: no pickled code of theirs is ever run.
+    Raises FileNotFoundError for an unknown name or missing weights; ValueError for a file that
+    holds no CLIP, heads that cannot be, or a device that is not there. Files are read as data: no
+    pickled code of theirs is ever run.
     """
     try:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {device} cannot be used here ({reason})") from error
+
+    told = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
+    told = {name: value for name, value in told.items() if value is not None}
+    if told and (name_or_path == "toy" or clip_identity(name_or_path) in clip.available_models()):
+        raise ValueError(f"CLIP {name_or_path} has an activation and heads of its own: "
+                         f"{', '.join(told)} cannot be set")
     notes = []
     if name_or_path == "toy":
         model = _build(_toy_state_dict())
     elif name_or_path in clip.available_models():
         model = _load_openai(name_or_path)
     elif os.path.isfile(name_or_path):
-        model, notes = _load_file(name_or_path, activation, vision_heads, text_heads)
+        model, notes = _load_file(name_or_path, told)
     else:
         known = ", ".join(["toy", *clip.available_models()])
         raise FileNotFoundError(f"CLIP {name_or_path}: neither a file nor one of {known}")
@@ -714,10 +751,31 @@ def sha256(path):
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 
+def read_as_data(path, device="cpu"):
+    """`torch.load` as data, never code, after a look at the checksums.
+
+    Raises FileNotFoundError, PermissionError, or ValueError for a damaged or foreign file.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():       # torch.load takes a flipped bit for another number
+                    raise ValueError("its checksums differ")
+        return torch.load(path, map_location=device, weights_only=True)
+    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:              # unpicklers fail in many ways on damaged files
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            raise ValueError(f"it asks for {foreign[1]}, which is code and not data; save tensors "
+                             "alone, as state_dict() returns them") from error
+        raise ValueError("damaged, or not written by torch.save") from error
+
+
 def _set_precision(model, dtype):
-    """CLIP's own rule says which parameters may be in half precision; those get `dtype`, from exact values."""
+    """CLIP's own rule says which parameters may be in half precision: those get `dtype`."""
     exact = {name: parameter.data for name, parameter in model.named_parameters()}
-    clip.model.convert_weights(model)
+    clip.model.convert_weights(model)                               # rounds them to float16
     for name, parameter in model.named_parameters():
         may_be_half = parameter.dtype == torch.float16
         if may_be_half or dtype in (torch.float32, torch.float64):
@@ -742,30 +800,37 @@ def _load_openai(name):
         return clip.load(name, device="cpu", jit=False)[0].float()              # checks the SHA-256
     except (OSError, RuntimeError) as error:
         target = pathlib.Path("~/.cache/clip").expanduser() / url.rsplit("/", 1)[1]
+        reason = str(error) or type(error).__name__
         raise FileNotFoundError(
-            f"the weights of CLIP {name} could not be had ({str(error) or type(error).__name__}): put {url} "
-            f"at {target} (SHA-256 {url.split('/')[-2]}), or name that file instead") from error
+            f"the weights of CLIP {name} could not be had ({reason}): put {url} at {target} "
+            f"(SHA-256 {url.split('/')[-2]}), or name that file instead") from error
 
 
-def _load_file(path, activation, vision_heads, text_heads):
-    """Any CLIP's file -> (model in float32, notes)."""
+def _load_file(path, told):
+    """Any CLIP's file -> (model in float32, notes). told: `_build`'s options.
+
+    Raises ValueError that says in one line what is wrong with the file.
+    """
     try:
         if _is_torchscript(path):
             if clip_identity(path) not in clip.available_models():
-                raise ValueError(f"a TorchScript file, but none of OpenAI's (SHA-256 {sha256(path)})")
+                raise ValueError("it is TorchScript, a program, and none of OpenAI's; where you "
+                                 "trust it, torch.jit.load it and save its state_dict()")
             return clip.load(path, device="cpu", jit=False)[0].float(), []
-        state = _plain_keys(_read_state_dict(path))
-        if len(state["token_embedding.weight"]) != len(TOKENIZER.encoder):
-            raise ValueError("its token table has another vocabulary than CLIP's")
-        model = _build(state)
-        notes = _set_heads_and_activation(model, path, activation, vision_heads, text_heads)
-        return model, notes
-    except KeyError as error:
-        raise ValueError(f"{path} is not the state dict of a CLIP: it has no {error}") from error
-    except (ValueError, RuntimeError, AssertionError) as error:
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-        reason = " ".join(reason.split())[:200]
-        raise ValueError(f"{path} is not the state dict of a CLIP: {reason}") from error
+        model = _build(_openai_keys(_read_state_dict(path)), **told)
+    except (KeyError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        reason = "".join(c if c.isprintable() else "?" for c in reason)     # keys are the file's
+        raise ValueError(f"{path} cannot be used as a CLIP: {reason}") from error
+
+    assumed = [told.get("activation", "quickgelu")]
+    towers = {"text": model.transformer, "vision": getattr(model.visual, "transformer", None)}
+    for what, tower in towers.items():
+        if tower is not None:
+            attention = tower.resblocks[0].attn
+            assumed.append(f"{attention.num_heads} {what} heads of width {attention.head_dim}")
+    return model, [f"{os.path.basename(path)} is not one of OpenAI's files; taken to have: "
+                   f"{', '.join(assumed)} (a state dict does not tell)"]
 
 
 def _is_torchscript(path):
@@ -776,124 +841,167 @@ def _is_torchscript(path):
 
 
 def _read_state_dict(path):
-    """The tensors of a checkpoint, key -> tensor, read as data."""
+    """The tensors of a checkpoint, key -> tensor, read as data. ValueError says what else it is."""
     with open(path, "rb") as file:
-        start = file.read(256).lstrip()
-    if start[:1] == b"<":
+        start = file.read(256)
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
         raise ValueError("it is a web page that was saved under this name; download the file again")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError("it only points to the weights; get them with: git lfs pull")
     if start[8:9] == b"{" or str(path).endswith(".safetensors"):
         try:
-            from safetensors.torch import load_file
+            import safetensors.torch
         except ImportError:
-            raise ValueError("it is a file of safetensors; to read it: pip install safetensors") from None
+            raise ValueError("it is a file of safetensors; to read it: "
+                             "pip install safetensors") from None
         try:
-            return load_file(path)
+            content = safetensors.torch.load_file(path)
         except Exception as error:              # safetensors raises a class of its own
-            raise ValueError(f"a damaged file of safetensors ({error})") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                  # unpicklers fail in many ways on a foreign file
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign:
-            raise ValueError(f"it holds a pickled {foreign[1]}, which is code and not read; save the weights "
-                             "alone: torch.save(model.state_dict(), path)") from error
-        raise ValueError("torch.load cannot read it: damaged, or another kind of file") from error
-    for key in ("state_dict", "model_state_dict", "model"):         # as training scripts wrap it
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+            raise ValueError("damaged, or not written by safetensors") from error
+    else:
+        content = read_as_data(path)
+    for _ in range(3):                          # as training scripts wrap it, in any order
+        for key in ("state_dict", "model_state_dict", "model"):
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, no state dict")
-    return content
+    return {str(key): value for key, value in content.items() if torch.is_tensor(value)}
 
 
-# HuggingFace's CLIPModel -> OpenAI's keys. (Its q, k and v are joined, its projections transposed.)
-HUGGINGFACE = [
-    (r"^text_model\.embeddings\.token_embedding\.weight$", "token_embedding.weight"),
-    (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
-    (r"^text_model\.final_layer_norm\.", "ln_final."),
-    (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
-    (r"^vision_model\.embeddings\.patch_embedding\.weight$", "visual.conv1.weight"),
-    (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
-    (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),
-    (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
-    (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
-    (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
-    (r"\.self_attn\.", ".attn."),
-    (r"\.layer_norm1\.", ".ln_1."),
-    (r"\.layer_norm2\.", ".ln_2."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-]
+# HuggingFace's CLIPModel -> OpenAI's keys. (Its q, k, v are joined, its projections transposed.)
+HUGGINGFACE = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_model.final_layer_norm.": "ln_final.",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",
+    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+    "vision_model.post_layernorm.": "visual.ln_post.",
+    ".self_attn.": ".attn.",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+}
 
 
-def _plain_keys(state):
-    """A state dict with OpenAI's keys: without `module.`, and with HuggingFace's names converted."""
-    state = {re.sub(r"^(module\.)+", "", str(key)): value for key, value in state.items()}
+def _openai_keys(state):
+    """A state dict with OpenAI's keys: without `module.`, HuggingFace's names converted."""
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
     for key in ("input_resolution", "context_length", "vocab_size", "logit_bias", "attn_mask"):
         state.pop(key, None)
     if "text_model.embeddings.token_embedding.weight" not in state:
         return state
+
     converted = {}
     for key, value in state.items():
-        if key.endswith("position_ids"):
-            continue
-        for pattern, name in HUGGINGFACE:
-            key = re.sub(pattern, name, key)
-        converted[key] = value
+        for theirs, ours in HUGGINGFACE.items():
+            key = key.replace(theirs, ours)
+        if not key.endswith("position_ids"):
+            converted[key] = value
     converted["text_projection"] = converted.pop("text_projection.weight").T
     converted["visual.proj"] = converted.pop("visual_projection.weight").T
     for key in [key for key in converted if ".attn.q_proj." in key]:
-        q_k_v = [converted.pop(key.replace("q_proj", name)) for name in ("q_proj", "k_proj", "v_proj")]
-        converted[key.replace("q_proj.", "in_proj_")] = torch.cat(q_k_v)
+        q, k, v = [converted.pop(key.replace("q_proj", f"{name}_proj")) for name in "qkv"]
+        converted[key.replace("q_proj.", "in_proj_")] = torch.cat([q, k, v])
     return converted
 
 
-def _build(state):
-    """A `clip.model.CLIP` in float32 with the values of a state dict that has OpenAI's keys."""
-    if "visual.layer1.0.conv1.weight" in state:                     # a ResNet
-        model = clip.model.build_model(dict(state)).float()
+def _build(state, activation="quickgelu", vision_heads=None, text_heads=None):
+    """A `clip.model.CLIP` in float32 with the values of a state dict that has OpenAI's keys.
+
+    Raises KeyError for a key that is missing, ValueError for tensors or heads that make no CLIP.
+    """
+    if activation not in ("quickgelu", "gelu"):
+        raise ValueError(f"the activation is 'quickgelu' or 'gelu', not {activation!r}")
+    try:
+        sizes = _sizes(state)
+    except (IndexError, TypeError, ValueError) as error:
+        raise ValueError("its tensors do not have the shapes of a CLIP's") from error
+    if sizes["vocab_size"] != len(TOKENIZER.encoder):
+        raise ValueError("its token table has another vocabulary than CLIP's")
+    sizes["transformer_heads"] = _heads("text", sizes["transformer_width"], text_heads)
+
+    if sizes["vision_patch_size"] is None:                          # a ResNet
+        if vision_heads is not None:
+            raise ValueError("its image tower is a ResNet: vision_heads cannot be set")
+        model = clip.model.CLIP(**sizes)
+        towers = {"transformer": model.transformer}
     else:
-        d_v, _, patch, _ = state["visual.conv1.weight"].shape
-        d_t = state["ln_final.weight"].shape[0]
-        grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
-        model = clip.model.CLIP(
-            embed_dim=state["text_projection"].shape[1], image_resolution=grid * patch,
-            vision_layers=_count_blocks(state, "visual.transformer"), vision_width=d_v, vision_patch_size=patch,
-            context_length=len(state["positional_embedding"]), vocab_size=len(state["token_embedding.weight"]),
-            transformer_width=d_t, transformer_heads=max(1, d_t // 64),
-            transformer_layers=_count_blocks(state, "transformer"))
-        for prefix, tower in (("visual.transformer", model.visual.transformer),
-                              ("transformer", model.transformer)):
-            hidden, width = state[f"{prefix}.resblocks.0.mlp.c_fc.weight"].shape
-            if hidden != 4 * width:                                 # OpenAI's MLPs are 4 times as wide
-                for block in tower.resblocks:
-                    block.mlp.c_fc, block.mlp.c_proj = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        # clip.model.CLIP makes its vision heads 64 wide. So it gets a stub first, then the tower.
+        vision_heads = _heads("vision", sizes["vision_width"], vision_heads)
+        model = clip.model.CLIP(**sizes | {"vision_width": 64, "vision_layers": 0})
+        model.visual = clip.model.VisionTransformer(
+            sizes["image_resolution"], sizes["vision_patch_size"], sizes["vision_width"],
+            sizes["vision_layers"], vision_heads, sizes["embed_dim"])
+        towers = {"transformer": model.transformer, "visual.transformer": model.visual.transformer}
+
+    for name, tower in towers.items():
+        hidden = len(state[f"{name}.resblocks.0.mlp.c_fc.weight"])
+        for block in tower.resblocks:
+            if hidden != 4 * tower.width:                           # OpenAI's are 4 times as wide
+                block.mlp.c_fc = nn.Linear(tower.width, hidden)
+                block.mlp.c_proj = nn.Linear(hidden, tower.width)
+            if activation == "gelu":
+                block.mlp.gelu = nn.GELU()
+
+    _check_keys(state, model.state_dict())
     model.load_state_dict(state)
     return model.float()
 
 
-def _count_blocks(state, prefix):
-    return next(i for i in itertools.count() if f"{prefix}.resblocks.{i}.ln_1.weight" not in state)
+def _check_keys(state, expected):
+    missing = sorted(expected.keys() - state.keys())
+    if missing:
+        raise ValueError(f"it lacks {len(missing)} of a CLIP's tensors, e.g. {missing[0]}")
+    unknown = sorted(state.keys() - expected.keys())
+    if unknown:
+        raise ValueError(f"it has {len(unknown)} tensors that no CLIP has, e.g. {unknown[0]}")
+    for key, value in state.items():
+        if value.shape != expected[key].shape:
+            raise ValueError(f"its {key} is {tuple(value.shape)}, not {tuple(expected[key].shape)}")
 
 
-def _set_heads_and_activation(model, path, activation, vision_heads, text_heads):
-    """Applies what a state dict does not tell. Returns notes on what was assumed. Raises ValueError."""
-    towers = [("text", model.transformer, text_heads)]
-    if hasattr(model.visual, "transformer"):
-        towers.append(("vision", model.visual.transformer, vision_heads))
-    notes = []
-    for what, tower, heads in towers:
-        if what == "vision" and heads is None and tower.width in KNOWN_HEADS:
-            raise ValueError(f"an image tower {tower.width} wide has heads that are not 64 wide (OpenCLIP's "
-                             f"have {KNOWN_HEADS[tower.width]} heads): say how many heads it has")
-        if heads is not None and tower.width % heads:
-            raise ValueError(f"{heads} {what} heads do not divide its width of {tower.width}")
-        heads = heads or max(1, tower.width // 64)
-        for block in tower.resblocks:
-            block.attn.num_heads, block.attn.head_dim = heads, tower.width // heads
-            if activation == "gelu":
-                block.mlp.gelu = nn.GELU()
-        notes.append(f"{heads} {what} heads of width {tower.width // heads}")
-    assumed = f"{activation or 'quickgelu'}, {', '.join(notes)}"
-    return [f"{os.path.basename(path)} is not one of OpenAI's files; taken to have: {assumed} "
-            "(a state dict does not tell)"]
+def _sizes(state):
+    """The arguments of `clip.model.CLIP`, but for the heads, read off the shapes of its tensors."""
+    def blocks(tower):
+        names = (f"{tower}.resblocks.{i}.ln_1.weight" for i in itertools.count())
+        return next(i for i, name in enumerate(names) if name not in state)
+
+    sizes = {"embed_dim": state["text_projection"].shape[1],
+             "context_length": len(state["positional_embedding"]),
+             "vocab_size": len(state["token_embedding.weight"]),
+             "transformer_width": len(state["ln_final.weight"]),
+             "transformer_layers": blocks("transformer")}
+    if "visual.layer1.0.conv1.weight" in state:                     # a ResNet: 4 stages of blocks
+        sizes["vision_width"] = len(state["visual.layer1.0.conv1.weight"])
+        sizes["vision_patch_size"] = None
+        stages = [{key.split(".")[2] for key in state if key.startswith(f"visual.layer{i}.")}
+                  for i in (1, 2, 3, 4)]
+        sizes["vision_layers"] = tuple(len(stage) for stage in stages)
+        positions, patch = state["visual.attnpool.positional_embedding"], 32
+    else:
+        sizes["vision_width"], _, patch, _ = state["visual.conv1.weight"].shape
+        sizes["vision_patch_size"] = patch
+        sizes["vision_layers"] = blocks("visual.transformer")
+        positions = state["visual.positional_embedding"]
+    sizes["image_resolution"] = patch * round((len(positions) - 1) ** 0.5)
+    return sizes
+
+
+def _heads(what, width, heads):
+    """The attention heads of a tower: as told, or one for 64 channels. Raises ValueError."""
+    if heads is None and what == "vision" and width in HEADS_NOT_64_WIDE:
+        raise ValueError(f"an image tower {width} wide has heads that are not 64 wide "
+                         f"({HEADS_NOT_64_WIDE[width]} heads in OpenCLIP's): tell its vision_heads")
+    if heads is None and width > 64 and width % 64:
+        raise ValueError(f"its {what} tower is {width} wide, no multiple of 64: "
+                         f"tell its {what}_heads")
+    heads = heads or max(1, width // 64)
+    if width % heads:
+        raise ValueError(f"{heads} {what} heads do not divide a tower {width} wide")
+    return heads

@@ -1,12 +1,12 @@
 """Stage I, anchor optimization (Sec. 3.2.1, Fig. 2a, the first loop of Algorithm 1).
 
-    python stage1.py --dataset toy                                      seconds on a CPU, no download
-    python stage1.py --dataset caltech101 --root $DATA --nearest 10     an anchor, and words near it
+    python stage1.py --dataset toy                                   seconds on a CPU, no download
+    python stage1.py --dataset caltech101 --root $DATA --nearest 10  an anchor, and words near it
 
-Learns the anchor tokens [Anc_1]..[Anc_N] of "{Anc} of {Class}" from class descriptions alone: no image is
-read. Every step takes all base classes at once, against the mean of each class's description features,
-which is Eq. 5 exactly (losses.anchor_mse). Descriptions of novel classes never reach the anchor.
-stage2.py runs this by itself where the anchor is missing.
+Learns the anchor tokens [Anc_1]..[Anc_N] of "{Anc} of {Class}" from class descriptions alone: no
+image is read. Every step takes all base classes at once, against the mean of each class's
+description features, which is Eq. 5 exactly (losses.anchor_mse). Descriptions of novel classes
+never reach the anchor. stage2.py runs this by itself where the anchor is missing.
 
 Below Stage I stands what every run shares: the loop over epochs, settings, folders, options.
 """
@@ -33,41 +33,46 @@ import losses
 try:
     from anchor import AnchorPrompt, load_anchor, nearest_words, read_as_data, save_anchor
     from prompts import check_width, clip_identity, encode_sentences, load_clip, unit
-except ImportError as error:                        # clip is missing, or lacks pkg_resources
-    print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+except ImportError as error:
+    # clip is missing, or its pkg_resources is: every script imports this module first.
+    script = os.path.basename(sys.argv[0])
+    print(f"{script}: {error} (requirements.txt lists what is needed)", file=sys.stderr)
     sys.exit(2)
 
 
-# ---------------------------------------------------------------------------- Stage I
+# -------------------------------------------------------------------- Stage I
 
 def learn_anchor(prompt, targets, epochs, weight):
     """Minimises  weight * L_theta_a  (Eq. 5) over the anchor tokens theta_a, and nothing else.
 
-    prompt: an `anchor.AnchorPrompt` of the C base classes, changed in place. targets (C, d): the means of
-    their unit description features, not renormalised. epochs: the `Epochs` to go through, whose optimizer
-    has theta_a alone. weight: the factor before the loss.
+    prompt: an `anchor.AnchorPrompt` of the C base classes, changed in place. targets (C, d): the
+    means of their unit description features, not renormalised. epochs: the `Epochs` to go through,
+    whose optimizer has theta_a alone. weight: the factor before the loss.
     """
     optimizer = epochs.optimizers[0]
 
     # stage 1: anchor optimization. A step takes the descriptions of all classes at once.
     for epoch in epochs:
         for _ in range(epochs.steps):
-            f_anc = prompt()                                        # f_T(t_anc; theta_a), Eq. 4: (C, d)
-            loss = weight * losses.anchor_mse(f_anc, targets)       # Eq. 5, against f_T(t_d)
+            f_anc = prompt()                                    # f_T(t_anc; theta_a), Eq. 4: (C, d)
+            loss = weight * losses.anchor_mse(f_anc, targets)   # Eq. 5, against f_T(t_d)
             optimizer.zero_grad()
             scaled_backward(loss, prompt.tokens)
-            optimizer.step()                                        # theta_a moves
+            optimizer.step()                                    # theta_a moves
             epochs.step(loss=loss)
 
 
 def scaled_backward(loss, tokens):
-    """loss.backward() for tokens.grad, times 2^8 on the way: many classes' gradients underflow in float16."""
+    """loss.backward() for tokens.grad alone, times 2^8 on the way.
+
+    Many classes' gradients underflow in float16 otherwise; a power of two changes no digit.
+    """
     (256 * loss).backward()
     tokens.grad /= 256
 
 
 def description_features(clip_model, descriptions, class_names):
-    """The frozen f_T(t_d) of Eq. 5: C tensors (D_c, d), the unit features of each class's sentences.
+    """The frozen f_T(t_d) of Eq. 5: C tensors (D_c, d), unit features of each class's sentences.
 
     Raises ValueError naming class and sentence where CLIP cannot read one.
     """
@@ -80,42 +85,53 @@ def description_features(clip_model, descriptions, class_names):
     return features
 
 
-def get_anchor(clip_model, class_names, args, settings, seed):
+def get_anchor(clip_model, class_names, args, settings, seed, renew=False):
     """The anchor tokens (N, d_t) of these settings and this seed: read where they are, else learnt.
 
-    Only one process learns an anchor; others that need it wait. Raises what the files and Stage I raise.
+    renew: learn a stale or damaged anchor anew. Raises what the files and Stage I raise.
     """
     folder = anchor_folder(args.output, settings, seed)
     file = folder / "anchor.pt"
+    # Only one process learns an anchor; others that need it wait, and then find it.
     with only_process(folder, wait=True, what="the anchor"):
         if file.exists():
-            tokens, saved = load_anchor(file)
-            check_anchor(file, tokens, saved, settings, clip_model, class_names)
-            facts = description_facts(class_names, args, settings, must_exist=False)
-            advice = f"choose another --output, or remove {folder}"
-            check_unchanged(file, saved, facts, advice)
-            print(f"anchor found: {file}", flush=True)
-            return tokens
+            try:
+                tokens = own_anchor(file, clip_model, class_names, args, settings)
+                print(f"anchor found: {file}", flush=True)
+                return tokens
+            except ValueError:
+                if not renew:
+                    raise
+                print(f"{file} is of other descriptions or classes, or damaged", flush=True)
+        else:
+            print(f"no anchor at {file} yet", flush=True)
+        if renew:
+            (folder / "last.pt").unlink(missing_ok=True)
 
-        print(f"no anchor at {file} yet: Stage I learns it now", flush=True)
+        # f_T(t_d), the frozen targets, are all that Stage I knows about the classes.
+        print("Stage I learns the anchor now", flush=True)
         sentences, notes = read_descriptions(class_names, args, settings)
         for note in notes:
             print(f"note: {note}", flush=True)
-        facts = description_facts(class_names, args, settings)
-        features = description_features(clip_model, sentences, class_names)         # f_T(t_d)
+        facts = anchor_facts(class_names, args, settings)
+        features = description_features(clip_model, sentences, class_names)
         targets = torch.stack([f.mean(0) for f in features])                        # (C, d)
+
+        # t_anc, the anchor prompt, starts from this seed's random theta_a.
         torch.manual_seed(seed)
         prompt = AnchorPrompt(clip_model, class_names, settings["anchor_length"],
                               settings["preposition"], args.class_chunk)
         before = cosine(prompt, features)
-
         optimizer = sgd([prompt.tokens], settings["anchor_lr"])                     # theta_a
-        steps = max(1, settings["shots"] * len(class_names) // 32)    # as if images came in batches of 32
-        epochs = Epochs("stage I ", settings["anchor_epochs"], steps, [optimizer], folder / "last.pt",
-                        {"prompt": prompt, "optimizer": optimizer}, facts,
+
+        # As many steps an epoch as if the few-shot images came in batches of 32 (released run).
+        steps = max(1, settings["shots"] * len(class_names) // 32)
+        epochs = Epochs("stage I ", settings["anchor_epochs"], steps, [optimizer],
+                        folder / "last.pt", {"prompt": prompt, "optimizer": optimizer}, facts,
                         advice="lower --anchor-lr or --anchor-weight")
         learn_anchor(prompt, targets, epochs, settings["anchor_weight"])
 
+        # anchor.pt comes first: a process that dies in between leaves a file too many, no loss.
         own = {key: settings[key] for key in ANCHOR_SETTINGS}
         with data.written_aside(file) as aside:
             save_anchor(aside, prompt.tokens, own | facts | {"class_names": list(class_names)})
@@ -123,6 +139,23 @@ def get_anchor(clip_model, class_names, args, settings, seed):
         print(f"Stage I done: cosine of anchor prompts and descriptions {before:.3f} -> "
               f"{cosine(prompt, features):.3f}; {file}", flush=True)
         return prompt.tokens.detach()
+
+
+def own_anchor(file, clip_model, class_names, args, settings):
+    """The tokens of an anchor that `get_anchor` has saved.
+
+    Raises ValueError where it is damaged, or was made from what has changed since.
+    """
+    advice = f"choose another --output, or remove {file.parent}"
+    try:
+        tokens, saved = load_anchor(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from error
+    check_anchor(file, tokens, saved, settings, clip_model)
+    # An anchor may outlive its description file, so a missing one is no reason to refuse.
+    facts = anchor_facts(class_names, args, settings, must_exist=False)
+    check_unchanged(file, saved, facts, advice)
+    return tokens
 
 
 @torch.no_grad()
@@ -133,51 +166,58 @@ def cosine(prompt, features):
 
 
 def read_descriptions(class_names, args, settings):
-    """The sentences of each class (C lists), from --descriptions or the file that comes with the project.
+    """The sentences of each class (C lists), from --descriptions or the project's own file.
 
-    Returns them and notes on how they were read.
+    Returns them, and notes on how they were read.
     """
-    path, notes = args.descriptions or data.default_descriptions(settings["dataset"]), []
-    sentences = data.load_descriptions(path, class_names, settings["max_descriptions"], args.aliases, notes)
+    notes = []
+    path = args.descriptions or data.default_descriptions(settings["dataset"])
+    sentences = data.load_descriptions(path, class_names, settings["max_descriptions"],
+                                       args.aliases, notes)
     return sentences, notes
 
 
-def description_facts(class_names, args, settings, must_exist=True):
-    """A digest of the sentences, for `check_unchanged`: an anchor may outlive its description file."""
+def anchor_facts(class_names, args, settings, must_exist=True):
+    """Digests of what an anchor is made from, for `check_unchanged`.
+
+    must_exist: raise OSError, ValueError where the sentences cannot be read; else leave them out.
+    """
+    facts = {"class names": data.digest(list(class_names))}
     try:
         sentences, _ = read_descriptions(class_names, args, settings)
+        facts["descriptions' sentences"] = data.digest(sentences)
     except (OSError, ValueError):
         if must_exist:
             raise
-        return {}
-    return {"descriptions' sentences": data.digest(sentences)}
+    return facts
 
 
-def check_anchor(file, tokens, saved, settings, clip_model, class_names=None):
+def check_anchor(file, tokens, saved, settings, clip_model):
     """Raises ValueError where an anchor file does not fit what is asked for: says both values."""
     facts = [("anchor length", len(tokens), settings["anchor_length"])]
     for key in ("preposition", "clip"):
-        if key in saved:
+        if key in saved:                    # the authors' files say neither
             facts.append((key, saved[key], settings[key]))
-    wrong = [f"has {what} {found}, asked for is {wanted}" for what, found, wanted in facts
-             if found != wanted]
-    if class_names is not None and "class_names" in saved and saved["class_names"] != list(class_names):
-        wrong.append("was learnt on other classes")
+    wrong = []
+    for what, found, wanted in facts:
+        if found != wanted:
+            wrong.append(f"has {what} {found}, asked for is {wanted}")
     try:
         check_width(clip_model, tokens)
     except ValueError as error:
         wrong.append(f"does not fit: {error}")
     if wrong:
         raise ValueError(f"{file} {'; '.join(wrong)}; make the right one with: python stage1.py "
-                         f"--dataset {settings['dataset']} --anchor-length {settings['anchor_length']} "
+                         f"--dataset {settings['dataset']} "
+                         f"--anchor-length {settings['anchor_length']} "
                          f"--preposition {settings['preposition']}, and the --clip of this run")
 
 
 def run(args):
     dataset = data.load_dataset(args.dataset, args.root)
     if not dataset.train:
-        raise ValueError(f"{args.dataset} is for testing alone; learn the anchor on another dataset, "
-                         "e.g. imagenet")
+        raise ValueError(f"{args.dataset} is for testing alone; learn the anchor on another "
+                         "dataset, e.g. imagenet")
     settings = resolve(args, default_settings(dataset.name, "coop", "anchoropt", args.classes))
     task = data.few_shot_task(dataset, settings["classes"], settings["shots"])
     for note in dataset.notes:
@@ -186,30 +226,37 @@ def run(args):
     for seed in args.seeds:
         tokens = get_anchor(clip_model, task.base_names, args, settings, seed)
         if args.nearest:
-            print("nearest vocabulary words (Euclidean distance); they make no sense to a person, "
-                  "as the paper finds (S4):")
-            for i, words in enumerate(nearest_words(tokens, clip_model, args.nearest)):
-                listed = "  ".join(f"{word} {distance:.2f}" for word, distance in words)
-                print(f"  [Anc_{i + 1}]  {listed}")
+            print_nearest(tokens, clip_model, args.nearest)
+
+
+def print_nearest(tokens, clip_model, k):
+    """S4: the k vocabulary words next to each anchor token."""
+    print("nearest vocabulary words (Euclidean distance); they make no sense to a person, as the "
+          "paper finds (S4):")
+    for i, words in enumerate(nearest_words(tokens, clip_model, k)):
+        listed = "  ".join(f"{word} {distance:.2f}" for word, distance in words)
+        print(f"  [Anc_{i + 1}]  {listed}")
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("stage1.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_options(parser)
     add_anchor_options(parser)
     add_machine_options(parser)
     parser.add_argument("--nearest", type=at_least(0), default=0, metavar="K",
-                        help="print the K vocabulary words nearest to each anchor token, S4 (default: 0)")
+                        help="print the K vocabulary words nearest to each anchor token, S4 "
+                             "(default: 0)")
     return run_script("stage1.py", run, parser.parse_args(argv))
 
 
-# ============================================================================ what every run shares
-# ---------------------------------------------------------------------------- the loop over epochs
+# ==================================================================== what every run shares
+# -------------------------------------------------------------------- the loop over epochs
 
 def learning_rate(epoch, epochs, lr):
-    """The schedule of both stages: epoch 1 at 1e-5, epoch e >= 2 at lr (1 + cos(pi (e - 2) / T)) / 2.
+    """The schedule of both stages, as in the authors' logs.
 
-    epoch counts from 1; T = epochs.
+    Epoch 1 runs at 1e-5, epoch e >= 2 at lr (1 + cos(pi (e - 2) / T)) / 2, with T = epochs.
     """
     if epoch == 1:
         return 1e-5
@@ -224,17 +271,18 @@ def sgd(parameters, lr):
 class Epochs:
     """The epochs of a stage: `for epoch in epochs`, and `epochs.step(loss=...)` behind every step.
 
-    What both loops need beside the method: the schedule, the progress bar, a loss that is not finite,
-    keeping every finished epoch, and going on from it with the same figures.
+    What both loops need beside the method: the schedule, the progress bar, a loss that is not
+    finite, keeping every finished epoch, and going on from it with the same figures.
 
-    title, epochs, steps: of the bar, and how many. optimizers: their learning rates follow the schedule.
-    path: the file that keeps the finished epochs, log.csv beside it; or None. parts: name -> what has a
-    state_dict and is kept. facts: name -> digest; a file that was begun with others is refused.
-    advice: what to do about a loss that is not finite.
-    `log`: a dict per epoch. Raises ValueError for such a loss, or a file that cannot be gone on from.
+    title, epochs, steps: of the bar, and how many. optimizers: their learning rates follow the
+    schedule. path: the file that keeps the finished epochs, log.csv beside it; or None. parts:
+    name -> what has a state_dict and is kept. facts: name -> digest; a file that was begun with
+    others is refused. advice: what to do about a loss that is not finite.
+    `log`: a dict per epoch. Raises ValueError for such a loss, or a file that it cannot go on from.
     """
 
-    def __init__(self, title, epochs, steps, optimizers, path=None, parts=None, facts=None, advice=""):
+    def __init__(self, title, epochs, steps, optimizers, path=None, parts=None, facts=None,
+                 advice=""):
         self.title = title
         self.epochs = epochs
         self.steps = steps
@@ -250,16 +298,15 @@ class Epochs:
 
     def __iter__(self):
         done = len(self.log)
-        self.bar = tqdm(total=self.epochs * self.steps, initial=done * self.steps, desc=self.title,
-                        unit="step", disable=None)
-        for epoch in range(done + 1, self.epochs + 1):
-            for optimizer, lr in zip(self.optimizers, self.lrs):
-                optimizer.param_groups[0]["lr"] = learning_rate(epoch, self.epochs, lr)
-            self.terms = []
-            start = time.perf_counter()
-            yield epoch
-            self._finish(epoch, time.perf_counter() - start)
-        self.bar.close()
+        with tqdm(total=self.epochs * self.steps, initial=done * self.steps, desc=self.title,
+                  unit="step", disable=None) as self.bar:
+            for epoch in range(done + 1, self.epochs + 1):
+                for optimizer, lr in zip(self.optimizers, self.lrs):
+                    optimizer.param_groups[0]["lr"] = learning_rate(epoch, self.epochs, lr)
+                self.terms = []
+                start = time.perf_counter()
+                yield epoch                                     # the stage's own steps run here
+                self._finish(epoch, time.perf_counter() - start)
 
     def step(self, **terms):
         """Notes the losses of a step. They stay on the device: a step waits for nobody."""
@@ -268,12 +315,16 @@ class Epochs:
         self.bar.update()
 
     def _finish(self, epoch, seconds):
-        terms = torch.stack(self.terms).cpu()                                   # (steps, number of terms)
+        # The one place where the host waits for the device, once an epoch.
+        terms = torch.stack(self.terms).cpu()                   # (steps, number of terms)
         wrong = ~terms.isfinite().all(1)
         if wrong.any():
+            kept = f"epoch {epoch - 1} is kept" if self.log else "no epoch is kept"
             raise ValueError(f"{self.title.strip()}: the loss is not finite in epoch {epoch}, step "
-                             f"{int(wrong.nonzero()[0]) + 1}; epoch {epoch - 1} is kept; {self.advice}")
-        means = {name: float(f"{mean:.6g}") for name, mean in zip(self.names, terms.mean(0).tolist())}
+                             f"{int(wrong.nonzero()[0]) + 1}; {kept}; {self.advice}")
+        means = {}
+        for name, mean in zip(self.names, terms.mean(0).tolist()):
+            means[name] = float(f"{mean:.6g}")
         lr = self.optimizers[0].param_groups[0]["lr"]
         self.log.append({"epoch": epoch, "lr": lr, **means, "seconds": round(seconds, 3)})
         self.bar.set_postfix(epoch=epoch, **means)
@@ -284,7 +335,8 @@ class Epochs:
             save_csv(self.path.with_name("log.csv"), self.log)
 
     def _go_on(self):
-        again = f"to begin anew: --overwrite, or remove {self.path}"
+        advice = f"to begin anew, remove {self.path}"
+        # Is the file sound,
         try:
             saved = read_as_data(self.path)
             facts, log = saved["facts"], list(saved["log"])
@@ -294,16 +346,18 @@ class Epochs:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path}, which keeps the finished epochs, is damaged ({error}); "
-                             f"{again}") from error
-        check_unchanged(self.path, facts, self.facts, again)
+                             f"{advice}") from error
+        # of the same data,
+        check_unchanged(self.path, facts, self.facts, advice)
+        # and of the same method?
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise ValueError(f"{self.path} is of another run ({reason}); {again}") from error
+            raise ValueError(f"{self.path} is of another run ({reason}); {advice}") from error
         self.log = log
-        save_csv(self.path.with_name("log.csv"), log)       # a process may have died between the two files
+        save_csv(self.path.with_name("log.csv"), log)   # a process may have died between the two
         print(f"{self.title.strip()}: going on after epoch {len(log)}", flush=True)
 
 
@@ -311,7 +365,8 @@ def check_unchanged(path, saved, now, advice):
     """Raises ValueError where the digests `now` are not those that a file was made with."""
     changed = [name for name, value in now.items() if saved.get(name) != value]
     if changed:
-        raise ValueError(f"{path} was made with other {' and '.join(changed)} than there are now; {advice}")
+        raise ValueError(f"{path} was made with other {' and '.join(changed)} than there are now; "
+                         f"{advice}")
 
 
 def save_csv(path, rows):
@@ -322,12 +377,13 @@ def save_csv(path, rows):
         writer.writerows(rows)
 
 
-# ---------------------------------------------------------------------------- settings
+# -------------------------------------------------------------------- settings
 
 SETTINGS_FILE = pathlib.Path(data.ASSETS) / "settings.csv"
 CLIP_SETTINGS = ("clip", "activation", "vision_heads", "text_heads", "dtype")
-ANCHOR_SETTINGS = (*CLIP_SETTINGS, "classes", "shots", "anchor_length", "preposition", "anchor_epochs",
-                   "anchor_lr", "anchor_weight", "descriptions", "max_descriptions")
+ANCHOR_SETTINGS = (*CLIP_SETTINGS, "classes", "shots", "anchor_length", "preposition",
+                   "anchor_epochs", "anchor_lr", "anchor_weight", "descriptions",
+                   "max_descriptions")
 
 
 def number(text):
@@ -344,40 +400,52 @@ def settings_rows():
         return list(csv.DictReader(file))
 
 
-CELL = ("baseline", "template", "dataset", "classes")       # what a row of assets/settings.csv is for
+CELL = ("baseline", "template", "dataset", "classes")       # what a row of the table is for
 
 
 def default_settings(dataset, baseline, template, classes=None, one_stage=False):
-    """The settings of one dataset x baseline x template cell: assets/settings.csv, then what holds for all.
+    """The settings of a dataset x baseline x template cell: assets/settings.csv, and what all have.
 
-    classes: "base" (default) or "all", for Tables 2 and 4. Rows of the table apply from top to bottom; `*`
-    matches anything and an empty field leaves a setting as it is. A dataset that the table does not know
-    gets, for what only datasets' rows have, the value that most of the eleven share.
-    Returns a dict of the settings that matter for this cell.
+    classes: "base" (default) or "all", for Tables 2 and 4. Rows of the table apply from top to
+    bottom; `*` matches anything and an empty field leaves a setting as it is. A dataset that the
+    table does not know gets, for what only datasets' rows have, the value that most of the eleven
+    share. Returns a dict of the settings that matter for this cell.
     """
+    # What no row of the table says.
     settings = {"dataset": dataset, "baseline": baseline, "template": template, "shots": 16,
                 "classes": classes or "base", "clip": "ViT-B/16"}
-    settings |= dict.fromkeys(("activation", "vision_heads", "text_heads", "dtype"), "default")
+    settings |= dict.fromkeys(CLIP_SETTINGS[1:], "default")
     if dataset == "toy":
         settings["clip"] = "toy"
     if baseline == "clip":
         prompt = data.DATASETS[dataset].prompt if dataset in data.DATASETS else data.PHOTO
         return settings | {"template": "plain", "prompt": prompt, "epochs": 0}
 
+    # The rows of the table that are for this cell, each over those above it.
     for row in settings_rows():
         if all(row[key] in ("*", settings[key]) for key in CELL):
-            settings |= {key: number(value) for key, value in row.items()
-                         if value and key not in (*CELL, "source")}
+            settings |= row_settings(row)
     if template == "atprompt":
         settings["attributes"] = settings.get("attributes", "").split()
     if template == "anchoropt":
-        settings |= {"arrangement": "adaptive", "tau": 1.0, "test_position": "argmax", "feature_at": "eot",
-                     "anchor_length": 1, "preposition": "of", "descriptions": "default",
-                     "one_stage": one_stage, "anchor": "learnt"}
+        settings |= {"arrangement": "adaptive", "tau": 1.0, "test_position": "argmax",
+                     "feature_at": "eot", "anchor_length": 1, "preposition": "of",
+                     "descriptions": "default", "one_stage": one_stage, "anchor": "learnt"}
     if dataset not in data.DATASETS:
         settings |= shared_settings(settings, one_stage)
 
-    # What has no meaning for this cell goes.
+    unused = unused_settings(baseline, template, one_stage)
+    return {key: value for key, value in settings.items() if key not in unused}
+
+
+def row_settings(row):
+    """What a row of the table sets: its filled fields, but those that say for which cell."""
+    return {key: number(value) for key, value in row.items()
+            if value and key not in (*CELL, "source")}
+
+
+def unused_settings(baseline, template, one_stage):
+    """Names of settings that have no meaning for a cell."""
     unused = []
     if template != "anchoropt":
         unused += ["lambda_2", "temperature"]
@@ -387,39 +455,38 @@ def default_settings(dataset, baseline, template, classes=None, one_stage=False)
         unused.append("w_cat")
     if baseline != "maple":
         unused.append("depth")
-    return {key: value for key, value in settings.items() if key not in unused}
+    return unused
 
 
 def shared_settings(settings, one_stage):
-    """For a dataset of one's own: what the `*` rows leave open, as most of the eleven datasets have it."""
-    others = [default_settings(name, settings["baseline"], settings["template"], one_stage=one_stage)
-              for name in ELEVEN]
-    missing = [key for key in others[0] if settings.get(key, []) == [] and key != "classes"]
+    """For a dataset of one's own: what the `*` rows leave open, as most of the eleven have it."""
+    cell = settings["baseline"], settings["template"]
+    others = [default_settings(name, *cell, one_stage=one_stage) for name in ELEVEN]
     shared = {}
-    for key in missing:
-        values = [repr(other[key]) for other in others if key in other]
-        common = collections.Counter(values).most_common(1)[0][0]
-        shared[key] = next(other[key] for other in others if repr(other.get(key)) == common)
+    for key in others[0]:
+        if settings.get(key, []) == []:                         # missing, or no attributes
+            values = [repr(other[key]) for other in others if key in other]
+            common = collections.Counter(values).most_common(1)[0][0]
+            shared[key] = next(other[key] for other in others if repr(other.get(key)) == common)
     return shared
 
 
 VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 ELEVEN = tuple(name for name in data.DATASETS if name not in (*VARIANTS, "toy"))
 
-# The options that are settings of a run: they are saved with it, and its folder is named after them.
-OPTIONS = {"shots", "classes", "clip", "activation", "vision_heads", "text_heads", "dtype", "soft_tokens",
-           "attributes", "epochs", "batch_size", "lr", "lambda_1", "lambda_2", "temperature", "w_cat",
-           "depth", "arrangement", "tau", "test_position", "feature_at", "anchor", "anchor_length",
-           "preposition", "anchor_epochs", "anchor_lr", "anchor_weight", "descriptions",
-           "max_descriptions"}
+# The options that are settings of a run: they are saved with it and, where they differ from the
+# default, stand in the name of its folder.
 OF_STAGE_1 = ("anchor_epochs", "anchor_lr", "anchor_weight", "descriptions", "max_descriptions")
+OPTIONS = {"shots", "classes", *CLIP_SETTINGS, "soft_tokens", "attributes", "epochs", "batch_size",
+           "lr", "lambda_1", "lambda_2", "temperature", "w_cat", "depth", "arrangement", "tau",
+           "test_position", "feature_at", "anchor", "anchor_length", "preposition", *OF_STAGE_1}
 
 
 def resolve(args, defaults):
     """The settings of a run: the defaults, and every option that was given on the command line.
 
-    args: an argparse namespace in which None stands for "not given". Raises ValueError for an option that
-    has no meaning here, FileNotFoundError for a file that is not there.
+    args: an argparse namespace in which None stands for "not given". Raises ValueError for an
+    option that has no meaning here, FileNotFoundError for a file that is not there.
     """
     settings = dict(defaults)
     cell = cell_name(defaults)
@@ -433,7 +500,8 @@ def resolve(args, defaults):
         if key not in defaults:
             raise ValueError(f"{option} has no meaning for {cell}")
         if getattr(args, "anchor", None) and key in OF_STAGE_1:
-            raise ValueError(f"{option} has no meaning with --anchor, which brings an anchor learnt already")
+            raise ValueError(f"{option} has no meaning with --anchor, which brings an anchor "
+                             "learnt already")
         if key in ("descriptions", "anchor") and not os.path.isfile(value):
             raise FileNotFoundError(f"{option} {value} does not exist")
         if key in ("clip", "descriptions", "anchor"):
@@ -449,18 +517,20 @@ def cell_name(settings):
     return f"{settings['baseline']}-{settings['template']}"
 
 
-# ---------------------------------------------------------------------------- folders
+# -------------------------------------------------------------------- folders
 
 def folder_name(kind, settings, defaults):
-    """`coop-anchoropt,epochs=1,tau=0.5`: every setting that differs from its default, sorted by name.
+    """`coop-anchoropt,epochs=1,tau=0.5`: every setting that is not its default, sorted by name.
 
-    No two settings share a name: values are %-escaped as in a URL, and what would be too long for a file
-    system ends in a digest of the whole.
+    No two settings share a name: values are %-escaped as in a URL, and what would be too long for a
+    file system ends in a digest of the whole.
     """
     parts = [kind]
     for key in sorted(settings):
         if settings[key] != defaults.get(key):
-            values = settings[key] if isinstance(settings[key], list) else [settings[key]]
+            values = settings[key]
+            if not isinstance(values, list):
+                values = [values]
             text = "+".join(urllib.parse.quote(str(value), safe="") for value in values)
             parts.append(f"{key}={text}")
     name = ",".join(parts)
@@ -470,7 +540,7 @@ def folder_name(kind, settings, defaults):
 
 
 def run_folder(output, settings, seed):
-    """Where a run of stage2.py lives: output/<dataset>/<baseline>-<template>[,changed settings]/seed<k>."""
+    """output/<dataset>/<baseline>-<template>[,changed settings]/seed<k>, where a run lives."""
     defaults = default_settings(settings["dataset"], settings["baseline"], settings["template"],
                                 settings["classes"], settings.get("one_stage", False))
     defaults["classes"] = "base"                            # these two are always said in the name
@@ -481,19 +551,19 @@ def run_folder(output, settings, seed):
 
 
 def anchor_folder(output, settings, seed):
-    """Where the anchor of a run lives: output/<dataset>/anchor[,changed settings]/seed<k>."""
+    """output/<dataset>/anchor[,changed settings]/seed<k>: runs share it where these are equal."""
     defaults = default_settings(settings["dataset"], "coop", "anchoropt", settings["classes"])
     defaults["classes"] = "base"
-    own = {key: settings[key] for key in ANCHOR_SETTINGS}   # two runs share it where these are equal
-    return pathlib.Path(output) / settings["dataset"] / folder_name("anchor", own, defaults) / f"seed{seed}"
+    name = folder_name("anchor", {key: settings[key] for key in ANCHOR_SETTINGS}, defaults)
+    return pathlib.Path(output) / settings["dataset"] / name / f"seed{seed}"
 
 
 @contextlib.contextmanager
 def only_process(folder, wait, what):
     """Holds a folder for this process alone, as long as the process lives.
 
-    wait: another process that holds it is waited for; else BlockingIOError says that it is at work. Raises
-    OSError where the folder cannot be written to: before anything is learnt.
+    wait: another process that holds it is waited for; else BlockingIOError says that it is at work.
+    Raises OSError where the folder cannot be written to: before anything is learnt.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -502,35 +572,41 @@ def only_process(folder, wait, what):
             lock.acquire(blocking=False)
         except filelock.Timeout:
             if not wait:
-                raise BlockingIOError(f"another process is at work on {what} in {folder}; wait for it, or "
-                                      "choose another --output") from None
+                raise BlockingIOError(f"another process is at work on {what} in {folder}; wait for "
+                                      "it, or choose another --output") from None
             print(f"{what}: waiting for the process that is at work on it in {folder}", flush=True)
             lock.acquire()
     except BlockingIOError:
         raise
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot write to {folder} ({reason}); mend that, or choose another --output") from error
+        raise OSError(f"cannot write to {folder} ({reason}); mend that, or choose another "
+                      "--output") from error
     try:
-        for litter in folder.glob(".*.part*"):              # of processes that were killed while they wrote
+        # What processes have left that were killed while they wrote.
+        for litter in folder.glob(".*.part*"):
             litter.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
 
 
-# ---------------------------------------------------------------------------- CLIP
+# -------------------------------------------------------------------- CLIP
 
 def load_clip_for(settings, args):
-    """The CLIP of a run: its settings say what it is, --clip where it lies, --device where it goes."""
-    if settings["clip"] == "toy":       # its layers are so small that a second thread costs more than it brings
+    """The CLIP of a run: settings say what it is, --clip where it lies, --device where it goes."""
+    if settings["clip"] == "toy":
+        # Its layers are so small that a second thread costs more than it brings.
         torch.set_num_threads(1)
-    own = {key: None if settings[key] == "default" else settings[key] for key in CLIP_SETTINGS}
-    dtype = own["dtype"] and getattr(torch, own["dtype"])
-    clip_model = load_clip(args.clip or settings["clip"], args.device, dtype, own["activation"],
-                           own["vision_heads"], own["text_heads"])
+    own = {key: settings[key] for key in CLIP_SETTINGS if settings[key] != "default"}
+    dtype = None
+    if "dtype" in own:
+        dtype = getattr(torch, own["dtype"])
+    clip_model = load_clip(args.clip or settings["clip"], args.device, dtype, own.get("activation"),
+                           own.get("vision_heads"), own.get("text_heads"))
     for note in clip_model.notes:
-        print(f"note: {note}; say otherwise with --activation, --vision-heads, --text-heads", flush=True)
+        print(f"note: {note}; say otherwise with --activation, --vision-heads, --text-heads",
+              flush=True)
     return clip_model
 
 
@@ -542,7 +618,13 @@ def kept_features(clip_model, settings, images, cache):
     return data.KeptFeatures(cache, what, images)
 
 
-# ---------------------------------------------------------------------------- options and errors
+def print_disk_use(cache):
+    """How much --feature-cache takes by now, of this run and of others."""
+    sizes = [file.stat().st_size for file in pathlib.Path(cache).glob("*.npz")]
+    print(f"features kept: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB in {cache}", flush=True)
+
+
+# -------------------------------------------------------------------- options and errors
 
 class Parser(argparse.ArgumentParser):
     """argparse, with an error in one line."""
@@ -556,7 +638,8 @@ def at_least(least):
     def whole_number(text):
         value = int(text)
         if not least <= value < 2 ** 31:
-            raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^31, not {text}")
+            raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^31, not "
+                                             f"{text}")
         return value
     return whole_number
 
@@ -582,13 +665,17 @@ def not_negative(text):
 def add_data_options(parser):
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="toy", metavar="NAME",
-                       help=f"one of {', '.join(data.DATASETS)}; or the folder of a dataset of your own "
-                            "(default: toy)")
-    group.add_argument("--root", help="folder that holds the datasets (default: the environment's DATA, "
-                                      "else ./data)")
-    group.add_argument("--shots", type=at_least(1), help="training images a class (default: 16)")
-    group.add_argument("--classes", choices=("base", "all"), help="classes to learn on (default: base)")
-    group.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], help="one run each (default: 1)")
+                       help=f"one of {', '.join(data.DATASETS)}; or the folder of a dataset of "
+                            "your own (default: toy)")
+    group.add_argument("--root", metavar="DIR",
+                       help="folder that holds the datasets (default: the environment's DATA, "
+                            "else ./data)")
+    group.add_argument("--shots", type=at_least(1), metavar="K",
+                       help="training images a class (default: 16)")
+    group.add_argument("--classes", choices=("base", "all"),
+                       help="classes to learn on (default: base)")
+    group.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], metavar="K",
+                       help="one run each (default: 1)")
 
 
 def add_anchor_options(parser):
@@ -597,25 +684,30 @@ def add_anchor_options(parser):
                        help="JSON, class -> sentences (default: assets/descriptions/DATASET.json)")
     group.add_argument("--aliases", metavar="FILE",
                        help="JSON, class -> its key in the description file (default: none)")
-    group.add_argument("--max-descriptions", type=at_least(1),
+    group.add_argument("--max-descriptions", type=at_least(1), metavar="D",
                        help="sentences a class, the first in the file (default: 10; imagenet 5)")
-    group.add_argument("--anchor-length", type=at_least(1), help="N anchor tokens, Tab. 7 (default: 1)")
-    group.add_argument("--preposition",
-                       help="of, with, at, sun, sea, any word, or none: Tabs. 6 and S2 (default: of)")
-    group.add_argument("--anchor-epochs", type=at_least(0), help="length of Stage I (default: the dataset's)")
-    group.add_argument("--anchor-lr", type=positive, help="learning rate of Stage I (default: 0.002)")
-    group.add_argument("--anchor-weight", type=not_negative,
+    group.add_argument("--anchor-length", type=at_least(1), metavar="N",
+                       help="N anchor tokens, Tab. 7 (default: 1)")
+    group.add_argument("--preposition", metavar="WORD",
+                       help="of, with, at, sun, sea, any word, or none: Tabs. 6 and S2 "
+                            "(default: of)")
+    group.add_argument("--anchor-epochs", type=at_least(0), metavar="T",
+                       help="length of Stage I (default: the dataset's)")
+    group.add_argument("--anchor-lr", type=positive, metavar="LR",
+                       help="learning rate of Stage I (default: 0.002)")
+    group.add_argument("--anchor-weight", type=not_negative, metavar="WEIGHT",
                        help="factor before Eq. 5 (default: the dataset's)")
 
 
 def add_clip_options(group):
     group.add_argument("--clip", metavar="NAME_OR_FILE",
-                       help="CLIP's name, or a checkpoint: OpenAI's, OpenCLIP's or HuggingFace's (default: "
-                            "ViT-B/16; the toy CLIP for --dataset toy)")
-    group.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+                       help="CLIP's name, or a checkpoint: OpenAI's, OpenCLIP's or HuggingFace's "
+                            "(default: ViT-B/16; the toy CLIP for --dataset toy)")
+    group.add_argument("--device", default=default_device(),
+                       help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
                        help="of the frozen CLIP (default: float16 on CUDA, else float32)")
-    group.add_argument("--class-chunk", type=at_least(0), default=0,
+    group.add_argument("--class-chunk", type=at_least(0), default=0, metavar="C",
                        help="encode this many classes at a time, to save memory (default: 0, all)")
 
 
@@ -623,21 +715,26 @@ def add_machine_options(parser):
     group = parser.add_argument_group("machine")
     add_clip_options(group)
     group.add_argument("--activation", choices=("quickgelu", "gelu"),
-                       help="of a CLIP from a file; most of OpenCLIP's have gelu (default: quickgelu)")
-    group.add_argument("--vision-heads", type=at_least(1),
-                       help="attention heads of a CLIP from a file, image tower (default: width / 64)")
-    group.add_argument("--text-heads", type=at_least(1), help="the same, text tower (default: width / 64)")
+                       help="of a CLIP from a file; most of OpenCLIP's have gelu "
+                            "(default: quickgelu)")
+    group.add_argument("--vision-heads", type=at_least(1), metavar="H",
+                       help="attention heads of a CLIP from a file, image tower "
+                            "(default: width / 64)")
+    group.add_argument("--text-heads", type=at_least(1), metavar="H",
+                       help="the same, text tower (default: width / 64)")
     group.add_argument("--output", default="output", metavar="DIR",
                        help="folder that all runs are written to (default: output)")
 
 
 def add_image_options(group):
-    group.add_argument("--workers", type=at_least(0),
+    group.add_argument("--workers", type=at_least(0), metavar="N",
                        help="processes that load images (default: 8 or fewer on a GPU, else 0)")
-    group.add_argument("--test-batch", type=at_least(1),
-                       help="test images at a time where prompts depend on them (default: 100; maple 200)")
+    group.add_argument("--test-batch", type=at_least(1), metavar="B",
+                       help="test images at a time where prompts depend on them (default: 100; "
+                            "maple 200)")
     group.add_argument("--feature-cache", metavar="DIR",
-                       help="keep the frozen CLIP's image features here for other runs (default: nowhere)")
+                       help="keep the frozen CLIP's image features here for other runs "
+                            "(default: nowhere)")
 
 
 def default_device():
@@ -653,20 +750,25 @@ def default_workers(args):
 
 
 def run_script(name, run, args):
-    """Runs a script's body; what a user can mend ends in one line on stderr. Returns the exit code."""
+    """Runs a script's body; what a user can mend ends in one line. Returns the exit code."""
     try:
         run(args)
         return 0
     except KeyboardInterrupt:
-        print(f"{name}: stopped; finished epochs are kept, the same command goes on from there",
-              file=sys.stderr)
+        complain(name, "stopped; finished epochs are kept, the same command goes on from there")
         return 130
     except torch.OutOfMemoryError as error:
-        print(f"{name}: out of memory ({str(error).split('.')[0]}); lower --test-batch or --batch-size, or "
-              "set --class-chunk 100", file=sys.stderr)
+        reason = str(error).split(".")[0]
+        complain(name, f"out of memory ({reason}); lower --test-batch or --batch-size, or set "
+                       "--class-chunk 100")
     except (ValueError, OSError, ImportError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(name, str(error))
     return 2
+
+
+def complain(name, message):
+    """One line on stderr, below a progress bar and not in it."""
+    tqdm.write(f"{name}: {' '.join(message.split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

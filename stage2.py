@@ -1,12 +1,12 @@
-"""Stage II, adaptation (Sec. 3.2.2, Fig. 2b, the second loop of Algorithm 1); one-stage training (3.2.4).
+"""Stage II, adaptation (Sec. 3.2.2, Fig. 2b, Algorithm 1's second loop); one-stage training (3.2.4).
 
-    python stage2.py                                                      the toy world: half a minute
-    python stage2.py --dataset caltech101 --baseline coop --root $DATA    a cell of Table 1
+    python stage2.py                                                    the toy world: half a minute
+    python stage2.py --dataset caltech101 --baseline coop --root $DATA  a cell of Table 1
     python stage2.py --baseline maple --template atprompt --seeds 1 2 3
 
-Freezes the anchor of Stage I (and runs Stage I first where it is missing), learns soft tokens and position
-matrix on the base classes, and evaluates on base and novel test images. Prints Table S1's rows; writes
-prompt.pt (what was learnt, with its settings), results.json and log.csv to
+Freezes the anchor of Stage I (and runs Stage I first where it is missing), learns soft tokens and
+position matrix on the base classes, and evaluates on base and novel test images. Prints Table S1's
+rows; writes prompt.pt (what was learnt, with its settings), results.json and log.csv to
 output/<dataset>/<baseline>-<template>/seed<k>/.
 """
 
@@ -21,7 +21,7 @@ import time
 
 import data
 import losses
-import stage1                           # first of the modules that need clip: it says what is missing
+import stage1                       # first of the modules that need clip: it says what is missing
 import eval as evaluation
 import numpy
 import PIL
@@ -32,15 +32,16 @@ from position import hard_assignment, plot_position_matrix
 from prompts import BASELINES, TEMPLATES, build_learner, clip, encode_image
 
 
-# ---------------------------------------------------------------------------- the method
+# -------------------------------------------------------------------- the method
 
 def adapt(learner, optimizer, batches, settings, f_anc=None, anchor_step=None):
-    """One epoch of Stage II: minimises Eq. 12 over theta_s, theta_pos and what the baseline learns beside.
+    """One epoch of Stage II: minimises Eq. 12 over theta_s, theta_pos and what the baseline adds.
 
-    learner: from `prompts.build_learner`, on the base classes. optimizer: of the learner's parameters.
-    batches: of f (B, d), the frozen CLIP's image features, None where nobody needs them; x (B, 3, R, R),
-    the images, None but for MaPLe; y (B,), the labels. f_anc (C, d): unit features of the frozen anchor
-    prompts, or None: no distillation. anchor_step: what one-stage training does first, or None.
+    learner: from `prompts.build_learner`, on the base classes. optimizer: of the learner's
+    parameters. batches: of f (B, d), the frozen CLIP's image features, None where nobody needs
+    them; x (B, 3, R, R), the images, None but for MaPLe; y (B,), the labels. f_anc (C, d): unit
+    features of the frozen anchor prompts, or None: no distillation. anchor_step: what one-stage
+    training does first, or None.
     Yields, after each step, its three losses: total, ce, kl.
     """
     lambda_1, lambda_2 = settings["lambda_1"], settings.get("lambda_2", 0)
@@ -48,61 +49,71 @@ def adapt(learner, optimizer, batches, settings, f_anc=None, anchor_step=None):
     # stage 2: adaptation
     for f, x, y in batches:
         if anchor_step is not None:
-            anchor_step()                                           # theta_a, by Eq. 5 (one stage alone)
+            anchor_step()                                   # theta_a, by Eq. 5 (one stage alone)
 
-        f_img = learner.image_features(f, x)                        # f_I(x): f itself, but for MaPLe
-        f_norm = learner.text_features(f_img)                       # f_T(t_norm), Eqs. 8-9: one sample of W
-        l_norm = learner.logits(f_img, f_norm)                      # q_norm, Eq. 1: (B, C)
-        ce = losses.cross_entropy(l_norm, y)                        # Eq. 10
-        ce = learner.own_loss(ce, f_img, f_norm, y)                 # DePT adds its base-class head
+        # The normal prompt's answer. One sample of W for all classes, images and layers.
+        f_img = learner.image_features(f, x)                # f_I(x): f itself, but for MaPLe
+        f_norm = learner.text_features(f_img)               # f_T(t_norm), Eqs. 8-9
+        l_norm = learner.logits(f_img, f_norm)              # q_norm, Eq. 1: (B, C)
+        ce = losses.cross_entropy(l_norm, y)                # Eq. 10
+        ce = learner.own_loss(ce, f_img, f_norm, y)         # DePT adds its base-class head
+
+        # The ensemble with the anchor prompt teaches it.
         kl = torch.zeros_like(ce)
         if f_anc is not None:
-            l_anc = learner.logits(f, f_anc)                        # q_anc, Eq. 1
-            l_ens = losses.ensemble_logits(l_norm, l_anc)           # q_ens
+            l_anc = learner.logits(f, f_anc)                # q_anc, Eq. 1: (B, C)
+            l_ens = losses.ensemble_logits(l_norm, l_anc)   # q_ens
             kl = losses.distillation_kl(l_norm, l_ens, settings["temperature"])     # Eq. 11
-        loss = losses.total_loss(ce, kl, lambda_1, lambda_2)        # Eq. 12
+        loss = losses.total_loss(ce, kl, lambda_1, lambda_2)                        # Eq. 12
 
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()                                            # theta_s and theta_pos move
+        optimizer.step()                                    # theta_s and theta_pos move
         yield loss, ce, kl
 
 
 def train(learner, epochs, features, labels, settings, seed, f_anc=None, anchor_step=None):
     """Stage II: `adapt`, epoch after epoch. All chance in an epoch comes from (seed, epoch).
 
-    epochs: the `stage1.Epochs` to go through. features: a `data.EpochFeatures` of the n few-shot images.
-    labels (n,): theirs, on CLIP's device. The rest as in `adapt`.
+    epochs: the `stage1.Epochs` to go through. features: a `data.EpochFeatures` of the n few-shot
+    images. labels (n,): theirs, on CLIP's device. The rest as in `adapt`.
     """
     n, batch_size = len(labels), settings["batch_size"]
-    used = min(n, epochs.steps * batch_size)                        # the last partial batch is dropped
+    used = min(n, epochs.steps * batch_size)            # the last partial batch is dropped
     learner.train()
     for epoch in epochs:
-        f, crops = features[epoch]                                  # of this epoch's crops: (n, d)
-        torch.manual_seed(1_000_003 * seed + epoch)                 # this epoch's order and Gumbel noise
+        f, crops = features[epoch]                      # f_I(x) of this epoch's crops: (n, d)
+        torch.manual_seed(1_000_003 * seed + epoch)     # this epoch's order and Gumbel noise
         order = torch.randperm(n)[:used]
-        batches = batches_of(order.split(batch_size), f, crops, labels)
-        for loss, ce, kl in adapt(learner, epochs.optimizers[0], batches, settings, f_anc, anchor_step):
+        batches = batches_of(order, batch_size, f, crops, labels)
+        for loss, ce, kl in adapt(learner, epochs.optimizers[0], batches, settings, f_anc,
+                                  anchor_step):
             epochs.step(loss=loss, ce=ce, kl=kl)
 
 
-def batches_of(indices, f, crops, labels):
-    """The batches of `adapt`: what stands at each of these indices."""
+def batches_of(order, batch_size, f, crops, labels):
+    """The batches f, x, y of `adapt`, in this order of the n images (a tensor on the CPU).
+
+    The order goes to the device once an epoch, so that no step waits for a copy. Crops stay behind
+    on the CPU: a batch of them goes over as bytes.
+    """
     device = labels.device
-    for batch in indices:
-        x = None
+    there = order.to(device)
+    for here, batch in zip(order.split(batch_size), there.split(batch_size)):
+        f_batch = x = None
+        if f is not None:
+            f_batch = f[batch]
         if crops is not None:
-            x = data.normalize(crops[batch].to(device, non_blocking=True))
-        batch = batch.to(device)
-        yield f[batch] if f is not None else None, x, labels[batch]
+            x = data.normalize(crops[here].to(device, non_blocking=True))
+        yield f_batch, x, labels[batch]
 
 
 class OneStage:
-    """One-stage training (Sec. 3.2.4, S1): the first half of every step, which updates theta_a by Eq. 5.
+    """One-stage training (Sec. 3.2.4, S1): the first half of every step, theta_a by Eq. 5.
 
-    prompt: the `AnchorPrompt` of the base classes. targets (C, d): as in `stage1.learn_anchor`. learner:
-    its frozen copy of the anchor follows. The second half of the step (soft tokens and W by Eq. 10, anchor
-    frozen) is `adapt`'s.
+    prompt: the `AnchorPrompt` of the base classes. targets (C, d): as in `stage1.learn_anchor`.
+    learner: its frozen copy of the anchor follows. The second half of the step (soft tokens and W
+    by Eq. 10, anchor frozen) is `adapt`'s.
     """
 
     def __init__(self, prompt, targets, learner, settings):
@@ -110,11 +121,11 @@ class OneStage:
         self.targets = targets
         self.learner = learner
         self.weight = settings["anchor_weight"]
-        self.optimizer = stage1.sgd([prompt.tokens], settings["anchor_lr"])             # theta_a
+        self.optimizer = stage1.sgd([prompt.tokens], settings["anchor_lr"])     # theta_a
         self.follow()
 
     def __call__(self):
-        loss = self.weight * losses.anchor_mse(self.prompt(), self.targets)             # Eq. 5
+        loss = self.weight * losses.anchor_mse(self.prompt(), self.targets)     # Eq. 5
         self.optimizer.zero_grad()
         stage1.scaled_backward(loss, self.prompt.tokens)
         self.optimizer.step()
@@ -124,7 +135,7 @@ class OneStage:
         """Puts the anchor where Stage II reads it, frozen."""
         template = self.learner.template
         template.anchor_tokens.copy_(self.prompt.tokens.detach())
-        if template.anchor_in_suffix:
+        if template.anchor_in_suffix:       # it stands among the class tokens: bind them anew
             self.learner.set_classes(self.learner.class_names)
 
     def state_dict(self):
@@ -136,7 +147,7 @@ class OneStage:
         self.follow()
 
 
-# ---------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------- a run
 
 def run_seed(args, settings, seed, dataset, get_clip):
     """One run: the anchor, the learner, training, the inference rule, saving. Returns its results.
@@ -144,7 +155,7 @@ def run_seed(args, settings, seed, dataset, get_clip):
     dataset: a `data.Dataset`. get_clip: a function that loads CLIP, once.
     """
     folder = stage1.run_folder(args.output, settings, seed)
-    task = data.few_shot_task(dataset, settings["classes"], settings.get("shots", 16), seed)
+    task = data.few_shot_task(dataset, settings["classes"], settings["shots"], seed)
     facts = run_facts(args, settings, dataset, task)
     with stage1.only_process(folder, wait=False, what=f"seed {seed}"):
         if args.overwrite:
@@ -153,46 +164,42 @@ def run_seed(args, settings, seed, dataset, get_clip):
         if finished is not None:
             return finished
         clip_model = get_clip()
-        task = with_notes(task, dataset, settings)
+        task = with_notes(task, settings)
         check_before_learning(clip_model, task, dataset, settings)
-        seconds = {}
+        clock = Clock()
 
-        # Stage I: the anchor.
-        start = time.perf_counter()
+        # The anchor: Stage I, or where it was learnt before.
         anchor_tokens = find_anchor(clip_model, task.base_names, args, settings, seed)
-        seconds["stage1"] = time.perf_counter() - start
+        clock.lap("stage1")
 
-        # Stage II: the prompt.
-        start = time.perf_counter()
-        torch.manual_seed(seed)                                     # the values that learning starts from
+        # The learner: a template in a baseline, with this seed's start values.
+        torch.manual_seed(seed)
         options = settings | {"class_chunk": args.class_chunk}
         learner = build_learner(options, clip_model, task.base_names, anchor_tokens)
         W_start = learnt_W(learner)
+
+        # Training: Stage II.
         if settings["epochs"]:
             learn_prompt(learner, task, args, settings, seed, folder, facts)
         save_prompt(folder, learner, task.base_names, settings, seed)
-        seconds["stage2"] = time.perf_counter() - start
+        clock.lap("stage2")
 
-        # Inference (Sec. 3.2.2): the normal prompt for base classes, the ensemble for novel ones.
-        start = time.perf_counter()
-        scores = {"base": None, "novel": None, "hm": None}
-        sides = (("base", task.base_names, task.test_base), ("novel", task.novel_names, task.test_novel))
-        for side, names, items in sides:
-            if names:
-                learner.set_classes(names)
-                scores[side] = evaluation.evaluate_items(learner, settings, items, side == "base", args)
-        if scores["novel"]:
-            scores["hm"] = {reading: evaluation.harmonic_mean(scores["base"][reading], scores["novel"][reading])
-                            for reading in scores["base"]}
-        seconds["eval"] = time.perf_counter() - start
+        # Inference (Sec. 3.2.2): normal prompt for base classes, the ensemble for novel ones.
+        base = evaluate_side(learner, settings, task.base_names, task.test_base, True, args)
+        novel = hm = None
+        if task.novel_names:
+            novel = evaluate_side(learner, settings, task.novel_names, task.test_novel, False, args)
+            hm = harmonic_means(base, novel)
+        clock.lap("eval")
 
+        # Saving.
         W_end = learnt_W(learner)
         if W_end and not args.no_plot:
             draw_W(folder, W_end, settings)
         result = {"dataset": settings["dataset"], "baseline": settings["baseline"],
                   "template": settings["template"], "seed": seed, "clip": settings["clip"],
-                  "settings": settings, "facts": facts,
-                  "seconds": {key: round(value, 2) for key, value in seconds.items()}, **scores,
+                  "settings": settings, "facts": facts, "seconds": clock.seconds,
+                  "base": base, "novel": novel, "hm": hm,
                   "position_matrix": {"start": W_start, "end": W_end} if W_end else None,
                   "notes": task.notes, "comparable": task.comparable,
                   "environment": environment(clip_model)}
@@ -200,19 +207,20 @@ def run_seed(args, settings, seed, dataset, get_clip):
 
 
 def run_facts(args, settings, dataset, task):
-    """Digests of all that a run depends on beside its settings: see `stage1.check_unchanged`."""
+    """Digests of all that a run depends on beside settings: see `stage1.check_unchanged`."""
     facts = data.digests(dataset, task)
     if settings["template"] == "anchoropt" and not args.anchor:
-        facts |= stage1.description_facts(task.base_names, args, settings, must_exist=False)
+        own = stage1.anchor_facts(task.base_names, args, settings, must_exist=False)
+        facts = own | facts                     # "class names" are all of them here, not base alone
     return facts
 
 
-def with_notes(task, dataset, settings):
+def with_notes(task, settings):
     """The task, with what else its figures' reader must know; printed."""
     notes, comparable = list(task.notes), task.comparable
     if settings["clip"] not in ("toy", *clip.available_models()):
-        notes.append(f"CLIP {settings['clip']} is a checkpoint of your own: figures do not compare with "
-                     "published ones")
+        notes.append(f"CLIP {settings['clip']} is a checkpoint of your own: figures do not compare "
+                     "with published ones")
         comparable = False
     for note in notes:
         print(f"note: {note}", flush=True)
@@ -221,62 +229,103 @@ def with_notes(task, dataset, settings):
 
 def check_before_learning(clip_model, task, dataset, settings):
     """Raises ValueError for what Stage II would refuse, before Stage I has taken its time."""
-    if settings["epochs"] and not task.train:
-        raise ValueError(f"{dataset.name} has no training images: train on another dataset, then test on "
-                         f"this one with: python eval.py RUN --dataset {dataset.name}")
+    if not task.train and settings["baseline"] != "clip":
+        raise ValueError(f"{dataset.name} has no training images: train on another dataset, then "
+                         f"test on this one with: python eval.py RUN --dataset {dataset.name}")
+    # A learner with an anchor of zeros, thrown away: its own checks are all that is wanted.
     width = clip_model.token_embedding.weight.shape[1]
     trial_anchor = torch.zeros(settings.get("anchor_length", 1), width)
     learner = build_learner(settings, clip_model, task.base_names, trial_anchor)
     learner.set_classes(task.novel_names or task.base_names)
 
 
+class Clock:
+    """`seconds`: name -> how long each lap took."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.start = time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.seconds[name] = round(now - self.start, 2)
+        self.start = now
+
+
 def find_anchor(clip_model, class_names, args, settings, seed):
     """The frozen anchor tokens (N, d_t) of Stage II, or None for the other templates."""
     if settings["template"] != "anchoropt":
         return None
-    if settings["one_stage"]:                                       # learnt beside the prompt: see OneStage
-        return torch.zeros(settings["anchor_length"], clip_model.token_embedding.weight.shape[1])
+    if settings["one_stage"]:                   # learnt beside the prompt: OneStage puts it here
+        width = clip_model.token_embedding.weight.shape[1]
+        return torch.zeros(settings["anchor_length"], width)
     if args.anchor:
         anchor_tokens, saved = load_anchor(args.anchor)
         stage1.check_anchor(args.anchor, anchor_tokens, saved, settings, clip_model)
         return anchor_tokens
-    return stage1.get_anchor(clip_model, class_names, args, settings, seed)
+    return stage1.get_anchor(clip_model, class_names, args, settings, seed, renew=args.overwrite)
 
 
 def learn_prompt(learner, task, args, settings, seed, folder, facts):
-    """Stage II with what surrounds it: the optimizer, the anchor prompts, the images, the kept epochs."""
+    """Stage II with what surrounds it: optimizer, anchor prompts, images, the kept epochs."""
     clip_model, device = learner.clip_model, learner.clip_model.logit_scale.device
-    optimizer = stage1.sgd(learner.parameters(), settings["lr"])    # theta_s, theta_pos, the baseline's own
+
+    # theta_s, theta_pos, and what the baseline learns beside.
+    optimizer = stage1.sgd(learner.parameters(), settings["lr"])
     optimizers, parts = [optimizer], {"learner": learner, "optimizer": optimizer}
+
+    # The anchor: f_T(t_anc) of a frozen one, or a step for one that is learnt beside.
     f_anc = anchor_step = None
     if settings.get("one_stage"):
-        prompt = AnchorPrompt(clip_model, task.base_names, settings["anchor_length"],
-                              settings["preposition"], args.class_chunk)
-        sentences, _ = stage1.read_descriptions(task.base_names, args, settings)
-        f_des = stage1.description_features(clip_model, sentences, task.base_names)
-        anchor_step = OneStage(prompt, torch.stack([f.mean(0) for f in f_des]), learner, settings)
-        optimizers.append(anchor_step.optimizer)
+        anchor_step = one_stage_step(learner, task.base_names, args, settings)
+        optimizers.append(anchor_step.optimizer)                    # theta_a
         parts["anchor_step"] = anchor_step
     elif settings["template"] == "anchoropt":
         anchor_tokens = learner.template.anchor_tokens
         facts = facts | {"anchor tokens": data.digest(anchor_tokens.tolist())}
-        if settings["lambda_2"]:                                    # else nothing is distilled (Tab. 9)
-            f_anc = anchor_features(clip_model, task.base_names, anchor_tokens, settings["preposition"],
-                                    args.class_chunk)
+        if settings["lambda_2"]:                                    # else nothing is distilled
+            f_anc = anchor_features(clip_model, task.base_names, anchor_tokens,
+                                    settings["preposition"], args.class_chunk)
 
     steps = max(1, len(task.train) // settings["batch_size"])
-    epochs = stage1.Epochs("stage II", settings["epochs"], steps, optimizers, folder / "last.pt", parts,
-                           facts, advice="lower --lr, --lambda-1 or --lambda-2")
-    resolution = clip_model.visual.input_resolution
-    images = data.Images(task.train, data.train_transform(resolution), seed)
+    epochs = stage1.Epochs("stage II", settings["epochs"], steps, optimizers, folder / "last.pt",
+                           parts, facts, advice="lower --lr, --lambda-1 or --lambda-2")
+
+    # f_I(x) of the epochs to come, frozen. MaPLe without distillation never reads it.
+    images = data.Images(task.train, data.train_transform(clip_model.visual.input_resolution), seed)
     encode = functools.partial(encode_image, clip_model)
     if learner.needs_images and f_anc is None:
-        encode = None                                               # MaPLe alone never reads the frozen f
+        encode = None
     kept = stage1.kept_features(clip_model, settings, images, args.feature_cache)
-    features = data.EpochFeatures(images, range(len(epochs.log) + 1, settings["epochs"] + 1), encode, device,
-                                  keep_crops=learner.needs_images, kept=kept, workers=args.workers)
+    to_come = range(len(epochs.log) + 1, settings["epochs"] + 1)
+    features = data.EpochFeatures(images, to_come, encode, device, keep_crops=learner.needs_images,
+                                  kept=kept, workers=args.workers)
     labels = torch.tensor([item.label for item in task.train], device=device)
     train(learner, epochs, features, labels, settings, seed, f_anc, anchor_step)
+    if args.feature_cache:
+        stage1.print_disk_use(args.feature_cache)
+
+
+def one_stage_step(learner, class_names, args, settings):
+    """The `OneStage` of these classes, with a new anchor."""
+    prompt = AnchorPrompt(learner.clip_model, class_names, settings["anchor_length"],
+                          settings["preposition"], args.class_chunk)
+    sentences, notes = stage1.read_descriptions(class_names, args, settings)
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    f_des = stage1.description_features(learner.clip_model, sentences, class_names)     # f_T(t_d)
+    return OneStage(prompt, torch.stack([f.mean(0) for f in f_des]), learner, settings)
+
+
+def evaluate_side(learner, settings, class_names, items, known, args):
+    """Accuracy of the readings on one side's classes, base or novel: dict reading -> percent."""
+    learner.set_classes(class_names)
+    return evaluation.evaluate_items(learner, settings, items, known, args)
+
+
+def harmonic_means(base, novel):
+    """HM of each reading: dict reading -> percent."""
+    return {reading: evaluation.harmonic_mean(base[reading], novel[reading]) for reading in base}
 
 
 def learnt_W(learner):
@@ -290,8 +339,8 @@ def learnt_W(learner):
 def save_prompt(folder, learner, base_names, settings, seed):
     """prompt.pt: what was learnt, and all that building the learner anew takes."""
     with data.written_aside(folder / "prompt.pt") as aside:
-        torch.save({"state": learner.state_dict(), "settings": settings, "class_names": base_names,
-                    "seed": seed}, aside)
+        torch.save({"state": learner.state_dict(), "settings": settings,
+                    "class_names": base_names, "seed": seed}, aside)
 
 
 def save_results(folder, result):
@@ -303,7 +352,7 @@ def save_results(folder, result):
 
 
 def finished_run(folder, settings, facts):
-    """The results of a run that is finished already, or None. ValueError where its data have changed."""
+    """The results of a run that is finished, or None. ValueError where its data have changed."""
     file = folder / "results.json"
     if not file.exists():
         return None
@@ -313,7 +362,7 @@ def finished_run(folder, settings, facts):
                          "--overwrite")
     stage1.check_unchanged(file, result.get("facts", {}), facts,
                            "to run it again: --overwrite, or choose another --output")
-    (folder / "last.pt").unlink(missing_ok=True)            # of a process killed just before it did so
+    (folder / "last.pt").unlink(missing_ok=True)    # of a process killed just before it did so
     print(f"finished already: {folder} (--overwrite to run it again)", flush=True)
     return result
 
@@ -329,65 +378,39 @@ def remove_run(folder):
 def draw_W(folder, W, settings):
     try:
         with data.written_aside(folder / "position.png") as aside:
-            plot_position_matrix(torch.tensor(W), aside, settings["anchor_length"], settings["dataset"])
-    except ImportError as error:
+            plot_position_matrix(torch.tensor(W), aside, settings["anchor_length"],
+                                 settings["dataset"])
+    except ImportError as error:                    # matplotlib is missing: a picture less
         print(f"no position.png: {error}")
 
 
 def environment(clip_model):
     """What the figures were made with: versions, device, precision, commit, command."""
     device = clip_model.logit_scale.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     try:
         here = os.path.dirname(os.path.abspath(__file__))
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True,
-                                text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+        git = ["git", "describe", "--always", "--dirty"]
+        done = subprocess.run(git, cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        commit = done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):   # no git, or no repository: a download
         commit = None
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "pillow": PIL.__version__, "numpy": numpy.__version__,
-            "device": str(device), "device_name": name, "dtype": str(clip_model.dtype).removeprefix("torch."),
-            "commit": commit, "command": " ".join(sys.argv)}
+            "torchvision": torchvision.__version__, "pillow": PIL.__version__,
+            "numpy": numpy.__version__, "device": str(device), "device_name": name,
+            "dtype": str(clip_model.dtype).removeprefix("torch."), "commit": commit,
+            "command": " ".join(sys.argv)}
 
 
-# ---------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------- command line
 
 def parse(argv):
-    parser = stage1.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    row = "(default: the row of assets/settings.csv)"
-    group = parser.add_argument_group("method")
-    group.add_argument("--baseline", choices=list(BASELINES), default="coop",
-                       help="clip: zero-shot CLIP (default: coop)")
-    group.add_argument("--template", choices=TEMPLATES, default="anchoropt",
-                       help="Eq. 2, Eq. 3 or Eqs. 8-9 (default: anchoropt)")
-    group.add_argument("--one-stage", action="store_true",
-                       help="one-stage training, Sec. 3.2.4, Tab. 3 (default: two stages)")
-    group.add_argument("--soft-tokens", type=stage1.at_least(1), help=f"M soft tokens {row}")
-    group.add_argument("--attributes", nargs="+", metavar="WORD", help=f"atprompt: 1 to 3 words {row}")
-    group.add_argument("--arrangement", choices=("adaptive", "before", "middle", "after-class"),
-                       help="where anchors stand, Tab. 8 (default: adaptive)")
-    group.add_argument("--tau", type=stage1.positive, help="temperature of Eq. 7, Tab. S3 (default: 1)")
-    group.add_argument("--depth", type=stage1.at_least(1),
-                       help=f"maple: blocks that get soft tokens, 1 = shallow {row}")
-    group.add_argument("--w-cat", type=stage1.not_negative,
-                       help=f"dept: weight of the base-class head {row}")
-    group.add_argument("--anchor", metavar="FILE",
-                       help="use this anchor; the authors' .pth.tar too (default: learn it in Stage I)")
-    group.add_argument("--feature-at", choices=("eot", "released"),
-                       help="released: read the normal prompt's feature N positions early, as the released "
-                            "code does (default: eot)")
-    group.add_argument("--test-position", choices=("argmax", "sample"),
-                       help="sample: draw W anew for each test batch, as the released code does "
-                            "(default: argmax)")
-    group = parser.add_argument_group("training, Stage II")
-    group.add_argument("--epochs", type=stage1.at_least(0), help=f"length of Stage II {row}")
-    group.add_argument("--batch-size", type=stage1.at_least(1), help=f"images a step {row}")
-    group.add_argument("--lr", type=stage1.positive, help=f"learning rate of Stage II {row}")
-    group.add_argument("--lambda-1", type=stage1.not_negative,
-                       help=f"weight of the cross entropy, Eq. 12 {row}")
-    group.add_argument("--lambda-2", type=stage1.not_negative,
-                       help=f"weight of the distillation, Eq. 12; 0: none, Tab. 9 {row}")
-    group.add_argument("--temperature", type=stage1.positive, help=f"of the distillation, Eq. 11 {row}")
+    parser = stage1.Parser("stage2.py", description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_method_options(parser)
+    add_training_options(parser)
     stage1.add_data_options(parser)
     stage1.add_anchor_options(parser)
     stage1.add_machine_options(parser)
@@ -398,21 +421,73 @@ def parse(argv):
                        help="run again what is finished (default: skip it)")
     args = parser.parse_args(argv)
     if args.one_stage and (args.template != "anchoropt" or args.baseline == "clip"):
-        parser.error(f"--one-stage learns an anchor beside the prompt, and {args.baseline}-{args.template} "
-                     "has none; use --template anchoropt with any of coop, cocoop, maple, dept")
+        parser.error("--one-stage learns an anchor beside the prompt, and "
+                     f"{args.baseline}-{args.template} has none; use --template anchoropt with any "
+                     "of coop, cocoop, maple, dept")
     if args.workers is None:
         args.workers = stage1.default_workers(args)
     return args
 
 
+OF_THE_ROW = "(default: the row of assets/settings.csv)"
+
+
+def add_method_options(parser):
+    group = parser.add_argument_group("method")
+    group.add_argument("--baseline", choices=list(BASELINES), default="coop",
+                       help="clip: zero-shot CLIP (default: coop)")
+    group.add_argument("--template", choices=TEMPLATES, default="anchoropt",
+                       help="Eq. 2, Eq. 3 or Eqs. 8-9 (default: anchoropt)")
+    group.add_argument("--one-stage", action="store_true",
+                       help="one-stage training, Sec. 3.2.4, Tab. 3 (default: two stages)")
+    group.add_argument("--soft-tokens", type=stage1.at_least(1), metavar="M",
+                       help=f"M soft tokens {OF_THE_ROW}")
+    group.add_argument("--attributes", nargs="+", metavar="WORD",
+                       help=f"atprompt: 1 to 3 words {OF_THE_ROW}")
+    group.add_argument("--arrangement", choices=("adaptive", "before", "middle", "after-class"),
+                       help="where anchors stand, Tab. 8 (default: adaptive)")
+    group.add_argument("--tau", type=stage1.positive, metavar="TAU",
+                       help="temperature of Eq. 7, Tab. S3 (default: 1)")
+    group.add_argument("--depth", type=stage1.at_least(1), metavar="BLOCKS",
+                       help=f"maple: blocks that get soft tokens, 1 = shallow {OF_THE_ROW}")
+    group.add_argument("--w-cat", type=stage1.not_negative, metavar="WEIGHT",
+                       help=f"dept: weight of the base-class head {OF_THE_ROW}")
+    group.add_argument("--anchor", metavar="FILE",
+                       help="use this anchor; the authors' .pth.tar too (default: learn it in "
+                            "Stage I)")
+    group.add_argument("--feature-at", choices=("eot", "released"),
+                       help="released: read the normal prompt's feature N positions early, as the "
+                            "released code does (default: eot)")
+    group.add_argument("--test-position", choices=("argmax", "sample"),
+                       help="sample: draw W anew for each test batch, as the released code does "
+                            "(default: argmax)")
+
+
+def add_training_options(parser):
+    group = parser.add_argument_group("training, Stage II")
+    group.add_argument("--epochs", type=stage1.at_least(0), metavar="T",
+                       help=f"length of Stage II {OF_THE_ROW}")
+    group.add_argument("--batch-size", type=stage1.at_least(1), metavar="B",
+                       help=f"images a step {OF_THE_ROW}")
+    group.add_argument("--lr", type=stage1.positive, metavar="LR",
+                       help=f"learning rate of Stage II {OF_THE_ROW}")
+    group.add_argument("--lambda-1", type=stage1.not_negative, metavar="WEIGHT",
+                       help=f"weight of the cross entropy, Eq. 12 {OF_THE_ROW}")
+    group.add_argument("--lambda-2", type=stage1.not_negative, metavar="WEIGHT",
+                       help=f"weight of the distillation, Eq. 12; 0: none, Tab. 9 {OF_THE_ROW}")
+    group.add_argument("--temperature", type=stage1.positive, metavar="T",
+                       help=f"of the distillation, Eq. 11 {OF_THE_ROW}")
+
+
 def run(args):
     dataset = data.load_dataset(args.dataset, args.root, args.seeds[0])
-    settings = stage1.resolve(args, stage1.default_settings(dataset.name, args.baseline, args.template,
-                                                            args.classes, args.one_stage))
+    defaults = stage1.default_settings(dataset.name, args.baseline, args.template, args.classes,
+                                       args.one_stage)
+    settings = stage1.resolve(args, defaults)
     get_clip = functools.cache(lambda: stage1.load_clip_for(settings, args))
     results = []
     for seed in args.seeds:
-        if dataset.notes and results:                               # a split made here depends on the seed
+        if dataset.notes and results:           # a split that was made here depends on the seed
             dataset = data.load_dataset(args.dataset, args.root, seed)
         results.append(run_seed(args, settings, seed, dataset, get_clip))
     evaluation.print_table(results)

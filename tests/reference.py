@@ -1,7 +1,7 @@
 """Slow, obvious twins of what the project computes fast, and random CLIPs to compare them on.
 
-`encode_77` is the conventional text encoder of the CoOp family: all 77 positions of every class through CLIP's own
-residual blocks. Everything here uses `clip` alone, nothing of the project's modules.
+`encode_77` is the conventional text encoder of the CoOp family: all 77 positions of every class
+through CLIP's own residual blocks. Everything here uses `clip` alone, nothing of the project's.
 """
 
 import warnings
@@ -20,6 +20,31 @@ SOS, EOT = TOKENIZER.encoder["<|startoftext|>"], TOKENIZER.encoder["<|endoftext|
 NAMES = ["ant", "water lilly", "yin yang", "a very long class name of many words", "playfulness"]
 
 
+# ---------------------------------------------------------------------------- comparisons
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def relative(a, b):
+    """||a - b|| / ||b||."""
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def as_exact_as(fast, slow, exact, factor=8):
+    """Is `fast` as near to `exact` (float64) as the obvious `slow`, up to a small factor?
+
+    fast and slow: the same thing in the same lower precision. On any processor, what the obvious
+    computation loses by rounding is what the fast one may lose.
+    """
+    rounding = max(relative(slow.double(), exact), torch.finfo(slow.dtype).eps)
+    error = relative(fast.double(), exact)
+    assert error <= factor * rounding, f"off by {error:.1e}, the obvious one by {rounding:.1e}"
+    return True
+
+
+# ---------------------------------------------------------------------------- random CLIPs
+
 class ExactLayerNorm(nn.LayerNorm):
     """For float64 tests: CLIP's own LayerNorm casts to float32 in between."""
 
@@ -27,35 +52,46 @@ class ExactLayerNorm(nn.LayerNorm):
 def tiny_clip(seed=0, layers=3, width=128, resolution=32, dtype=torch.float32, d=64):
     """A random CLIP of OpenAI's architecture, frozen. float64 for tests of exactness."""
     torch.manual_seed(seed)
-    model = clip.model.CLIP(d, resolution, layers, width, 8, 77, 49408, width, width // 64, layers)
-    for block in [*model.transformer.resblocks, *model.visual.transformer.resblocks]:       # rougher than at the start of
-        for parameter in block.parameters():                                                # training: every term counts
+    heads = width // 64
+    model = clip.model.CLIP(d, resolution, layers, width, 8, 77, 49408, width, heads, layers)
+    # Rougher than at the start of training: every term counts.
+    for block in [*model.transformer.resblocks, *model.visual.transformer.resblocks]:
+        for parameter in block.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
-    model = model.eval().requires_grad_(False).to(dtype)
-    if dtype == torch.float64:
-        for module in list(model.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, clip.model.LayerNorm):
-                    exact = ExactLayerNorm(child.normalized_shape, eps=child.eps)
-                    exact.load_state_dict(child.state_dict())
-                    setattr(module, name, exact.to(dtype).requires_grad_(False))
+    model = model.eval().requires_grad_(False)
+    return exact(model) if dtype == torch.float64 else model.to(dtype)
+
+
+def exact(model):
+    """The same CLIP in float64, in place."""
+    model = model.double()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, clip.model.LayerNorm):
+                layer = ExactLayerNorm(child.normalized_shape, eps=child.eps).double()
+                layer.load_state_dict(child.state_dict())
+                setattr(module, name, layer.requires_grad_(False))
     return model
 
+
+# ---------------------------------------------------------------------------- 77 positions a class
 
 def encode_77(model, contexts, names, read_back=0, deep=None, inside=None):
     """The text features of  [SOS] context name . [EOT] [pad ...]  with 77 positions each.
 
-    contexts: (P, d_t) for all names, or one per name. deep: None or a function (layer, (P, d_t)) -> (P, d_t).
+    contexts: (P, d_t) for all names, or one per name.
+    deep: None or a function (layer, (P, d_t)) -> (P, d_t).
     inside: tokens between a name and its full stop. Returns (C, d), not normalised.
     """
+    table = model.token_embedding.weight
     features = []
     for i, name in enumerate(names):
         context = contexts if torch.is_tensor(contexts) else contexts[i]
-        table = model.token_embedding.weight
         if inside is None:
             behind = table[torch.tensor(TOKENIZER.encode(name + ".") + [EOT])]
         else:
-            behind = torch.cat([table[torch.tensor(TOKENIZER.encode(name))], inside.to(table.dtype),
+            behind = torch.cat([table[torch.tensor(TOKENIZER.encode(name))],
+                                inside.to(table.dtype),
                                 table[torch.tensor(TOKENIZER.encode(".") + [EOT])]])
         x = torch.cat([table[SOS][None], context.to(table.dtype), behind])
         eot, P = len(x) - 1, len(context)
@@ -85,10 +121,93 @@ def encode_image_prompted(model, images, tokens):
     return torch.stack(out)
 
 
-def unit(x):
-    return x / x.norm(dim=-1, keepdim=True)
+# ---------------------------------------------------------------------------- a CLIP by hand
+# From a state dict and the formulas, with any activation and heads: nothing of `clip` is used.
+
+def random_state(d_t, d_v, mlp=4, layers=2, d=32, patch=8, grid=3, seed=0):
+    """A random state dict with OpenAI's keys. mlp: how many times as wide the MLPs are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator) / max(1, shape[-1]) ** 0.5
+
+    def norm(name, width):
+        return {f"{name}.weight": 1 + random(width), f"{name}.bias": random(width)}
+    state = {"token_embedding.weight": random(49408, d_t), "positional_embedding": random(77, d_t),
+             "text_projection": random(d_t, d), "logit_scale": torch.tensor(3.0),
+             "visual.class_embedding": random(d_v), "visual.proj": random(d_v, d),
+             "visual.positional_embedding": random(grid ** 2 + 1, d_v),
+             "visual.conv1.weight": random(d_v, 3, patch, patch),
+             **norm("ln_final", d_t), **norm("visual.ln_pre", d_v), **norm("visual.ln_post", d_v)}
+    for tower, width in (("transformer", d_t), ("visual.transformer", d_v)):
+        hidden = int(mlp * width)
+        for i in range(layers):
+            name = f"{tower}.resblocks.{i}"
+            state |= {**norm(f"{name}.ln_1", width), **norm(f"{name}.ln_2", width),
+                      f"{name}.attn.in_proj_weight": 3 * random(3 * width, width),
+                      f"{name}.attn.in_proj_bias": random(3 * width),
+                      f"{name}.attn.out_proj.weight": random(width, width),
+                      f"{name}.attn.out_proj.bias": random(width),
+                      f"{name}.mlp.c_fc.weight": 2 * random(hidden, width),
+                      f"{name}.mlp.c_fc.bias": random(hidden),
+                      f"{name}.mlp.c_proj.weight": random(width, hidden),
+                      f"{name}.mlp.c_proj.bias": random(width)}
+    return state
 
 
-def relative(a, b):
-    """||a - b|| / ||b||."""
-    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+def tower_by_hand(state, tower, x, heads, activation, causal):
+    """x (n, width) through the residual blocks of one tower, head by head."""
+    for i in range(sum(key.startswith(f"{tower}.resblocks.") and key.endswith("ln_1.bias")
+                       for key in state)):
+        name = f"{tower}.resblocks.{i}"
+        h = norm_by_hand(state, f"{name}.ln_1", x)
+        q, k, v = (h @ state[f"{name}.attn.in_proj_weight"].T
+                   + state[f"{name}.attn.in_proj_bias"]).chunk(3, dim=1)
+        of_heads = []
+        for q_h, k_h, v_h in zip(*(t.chunk(heads, dim=1) for t in (q, k, v))):
+            scores = q_h @ k_h.T / q_h.shape[1] ** 0.5
+            if causal:
+                scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+            of_heads.append(scores.softmax(1) @ v_h)
+        out = torch.cat(of_heads, dim=1) @ state[f"{name}.attn.out_proj.weight"].T
+        x = x + out + state[f"{name}.attn.out_proj.bias"]
+        h = norm_by_hand(state, f"{name}.ln_2", x) @ state[f"{name}.mlp.c_fc.weight"].T
+        h = h + state[f"{name}.mlp.c_fc.bias"]
+        if activation == "gelu":
+            h = h * (1 + torch.erf(h / 2 ** 0.5)) / 2
+        else:
+            h = h * torch.sigmoid(1.702 * h)
+        x = x + h @ state[f"{name}.mlp.c_proj.weight"].T + state[f"{name}.mlp.c_proj.bias"]
+    return x
+
+
+def norm_by_hand(state, name, x):
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def text_by_hand(state, texts, heads, activation):
+    """Text features (n, d) of [SOS] text [EOT]."""
+    features = []
+    for text in texts:
+        ids = torch.tensor([SOS, *TOKENIZER.encode(text), EOT])
+        x = state["token_embedding.weight"][ids] + state["positional_embedding"][:len(ids)]
+        x = tower_by_hand(state, "transformer", x, heads, activation, causal=True)
+        features.append(norm_by_hand(state, "ln_final", x[-1]) @ state["text_projection"])
+    return torch.stack(features)
+
+
+def images_by_hand(state, images, heads, activation):
+    """Image features (n, d)."""
+    features = []
+    patch = state["visual.conv1.weight"].shape[-1]
+    for image in images:
+        patches = image.unfold(1, patch, patch).unfold(2, patch, patch)     # (3, grid, grid, p, p)
+        patches = patches.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)
+        x = patches @ state["visual.conv1.weight"].flatten(1).T
+        x = torch.cat([state["visual.class_embedding"][None], x])
+        x = norm_by_hand(state, "visual.ln_pre", x + state["visual.positional_embedding"])
+        x = tower_by_hand(state, "visual.transformer", x, heads, activation, causal=False)
+        features.append(norm_by_hand(state, "visual.ln_post", x[0]) @ state["visual.proj"])
+    return torch.stack(features)

@@ -1,4 +1,4 @@
-"""Eq. 4, anchor files (our own and the authors' released ones), and the words nearest to an anchor."""
+"""Eq. 4, anchor files (our own and the authors' released ones), the words nearest to an anchor."""
 
 import collections
 import os
@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from anchor import AnchorPrompt, load_anchor, nearest_words, save_anchor
+from anchor import AnchorPrompt, anchor_features, load_anchor, nearest_words, save_anchor
 from reference import NAMES, TOKENIZER, encode_77, relative, tiny_clip, unit
 
 MODEL = tiny_clip(dtype=torch.float64)
@@ -21,9 +21,38 @@ def test_anchor_prompt_is_eq4_token_by_token(n_anchor, preposition):
     torch.manual_seed(0)
     prompt = AnchorPrompt(MODEL, NAMES, n_anchor, preposition).double()
     words = TOKENIZER.encode("" if preposition in (None, "none") else preposition)
-    t_anc = torch.cat([prompt.tokens, MODEL.token_embedding.weight[words]])        # [Anc_1] .. [Anc_N] [of], then [CLS]
-    assert relative(prompt(), unit(encode_77(MODEL, t_anc, NAMES))) < 1e-6         # the words' buffer is float32
-    assert [name for name, _ in prompt.named_parameters()] == ["tokens"] and prompt.tokens.shape == (n_anchor, 128)
+    t_anc = torch.cat([prompt.tokens, MODEL.token_embedding.weight[words]])     # then [CLS]
+    assert relative(prompt(), unit(encode_77(MODEL, t_anc, NAMES))) < 1e-12
+    assert [name for name, _ in prompt.named_parameters()] == ["tokens"]
+    assert list(prompt.state_dict()) == ["tokens"] and prompt.tokens.shape == (n_anchor, 128)
+
+
+def test_anchor_tokens_start_small_and_in_float32():
+    torch.manual_seed(0)
+    tokens = AnchorPrompt(MODEL, ["ant"], 50).tokens
+    assert tokens.dtype == torch.float32 and tokens.requires_grad
+    assert tokens.std().item() == pytest.approx(0.02, rel=0.05)
+    assert AnchorPrompt(MODEL, ["ant"]).tokens.shape == (1, 128)
+
+
+def test_class_chunk_changes_no_anchor_feature_and_no_gradient():
+    found = []
+    for class_chunk in (0, 2):
+        torch.manual_seed(0)
+        prompt = AnchorPrompt(MODEL, NAMES, 2, class_chunk=class_chunk).double()
+        features = prompt()
+        found.append((features, torch.autograd.grad(features[:, 0].sum(), prompt.tokens)[0]))
+    for whole, chunked in zip(*found):
+        assert relative(chunked, whole) < 1e-12
+
+
+@pytest.mark.parametrize("preposition", ["of", "none"])
+def test_features_of_frozen_anchors_are_those_of_their_prompt(preposition):
+    torch.manual_seed(0)
+    prompt = AnchorPrompt(MODEL, NAMES, 2, preposition)
+    features = anchor_features(MODEL, NAMES, prompt.tokens, preposition)
+    assert not features.requires_grad and torch.equal(features, prompt())
+    assert relative(anchor_features(MODEL, NAMES, prompt.tokens, preposition, 2), features) < 1e-12
 
 
 def test_set_classes_rebinds_the_same_anchor():
@@ -36,8 +65,23 @@ def test_set_classes_rebinds_the_same_anchor():
 def test_bad_anchors_are_named():
     with pytest.raises(ValueError, match="at least one"):
         AnchorPrompt(MODEL, NAMES, 0)
-    with pytest.raises(ValueError, match="too long"):
-        AnchorPrompt(MODEL, ["ant", "ant " * 76], 1)
+    with pytest.raises(ValueError, match="too long.*shorten: 'ant ant") as error:
+        AnchorPrompt(MODEL, ["rhino", "ant " * 76], 1)
+    assert "rhino" not in str(error.value)
+
+
+@pytest.mark.parametrize("n_anchor, preposition, room", [(1, "of", 72), (3, "because of", 69),
+                                                         (2, None, 72)])
+def test_the_longest_class_name_that_fits_works_and_one_token_more_is_refused(n_anchor, preposition,
+                                                                             room):
+    longest = " ".join(["ant"] * room)      # [SOS] + N + preposition + name + "." + [EOT] = 77
+    prompt = AnchorPrompt(MODEL, ["ant", longest], n_anchor, preposition).double()
+    words = TOKENIZER.encode(preposition or "")
+    t_anc = torch.cat([prompt.tokens, MODEL.token_embedding.weight[words]])
+    assert 1 + len(t_anc) + room + 2 == 77
+    assert relative(prompt(), unit(encode_77(MODEL, t_anc, ["ant", longest]))) < 1e-12
+    with pytest.raises(ValueError, match=f"CLIP's 77 tokens, of which {room + 1} are left"):
+        AnchorPrompt(MODEL, ["ant", longest + " ant"], n_anchor, preposition)
 
 
 def test_saved_anchors_come_back_with_their_settings(tmp_path):
@@ -50,7 +94,7 @@ def test_saved_anchors_come_back_with_their_settings(tmp_path):
 
 
 def released_style(tokens):
-    """A checkpoint as the authors' trainer writes it: the anchor beside live optimizer and schedule objects."""
+    """A checkpoint as the authors' trainer writes it: with live optimizer and schedule objects."""
     layer = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     optimizer.state = collections.defaultdict(dict, {0: {"momentum_buffer": torch.zeros(1)}})
@@ -66,10 +110,17 @@ def test_released_checkpoints_load_without_their_optimizer(tmp_path):
     assert torch.equal(again, tokens.float()) and settings == {}
 
 
+def test_several_released_anchor_tokens_come_in_their_order(tmp_path):
+    state = {f"anchor_ctx_{i}": torch.full((1, 4), float(i)) for i in (10, 2, 1)}
+    torch.save({"state_dict": state | {"ctx": torch.zeros(4, 4)}}, tmp_path / "three.pt")
+    assert load_anchor(tmp_path / "three.pt")[0][:, 0].tolist() == [1, 2, 10]
+
+
 @pytest.mark.skipif(not RELEASED.exists(), reason="the authors' file is not beside the project")
 def test_the_authors_eurosat_anchor_loads():
     tokens, settings = load_anchor(RELEASED)
-    assert tokens.shape == (1, 512) and tokens.dtype == torch.float32 and tokens.abs().max() > 0 and settings == {}
+    assert tokens.shape == (1, 512) and tokens.dtype == torch.float32
+    assert tokens.abs().max() > 0 and settings == {}
 
 
 class Malicious:
@@ -83,21 +134,46 @@ class Malicious:
 @pytest.mark.parametrize("beside", ["alone", "beside an anchor"])
 def test_a_pickle_with_other_globals_is_refused_and_nothing_runs(tmp_path, beside):
     trap = Malicious(str(tmp_path / "executed"))
-    content = trap if beside == "alone" else {"state_dict": {"anchor_ctx_1": torch.zeros(1, 4)}, "scheduler": trap}
+    content = trap
+    if beside == "beside an anchor":
+        content = {"state_dict": {"anchor_ctx_1": torch.zeros(1, 4)}, "scheduler": trap}
     torch.save(content, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match=r"nothing in it was run: it asks for (posix|nt)\.mkdir"):
         load_anchor(tmp_path / "bad.pt")
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(trap))
-    with pytest.raises(ValueError, match="nothing in it was run"):
+    with pytest.raises(ValueError, match="plain.pkl could not be read.* nothing in it was run"):
         load_anchor(tmp_path / "plain.pkl")
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [{"a": 1}, [1], {"anchor_tokens": torch.zeros(3)}, {"state_dict": {"x": torch.zeros(1)}},
-                                     {"anchor_tokens": torch.full((1, 4), float("nan"))}, {"anchor_tokens": "text"}])
-def test_files_without_anchor_tokens_are_named(tmp_path, content):
+def test_a_flipped_bit_is_found(tmp_path):
+    save_anchor(tmp_path / "anchor.pt", torch.ones(4, 512), {})
+    content = bytearray((tmp_path / "anchor.pt").read_bytes())
+    place = content.find(torch.ones(100).numpy().tobytes())
+    content[place] ^= 1
+    (tmp_path / "anchor.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="nothing in it was run: damaged"):
+        load_anchor(tmp_path / "anchor.pt")
+
+
+TOKENS = torch.zeros(1, 4)
+
+
+@pytest.mark.parametrize("content, what", [
+    ({"a": 1}, "no anchor tokens"), ([1], "no anchor tokens"),
+    ({"anchor_tokens": torch.zeros(3)}, "no anchor tokens"),
+    ({"anchor_tokens": torch.zeros(0, 4)}, "no anchor tokens"),
+    ({"anchor_tokens": torch.zeros(1, 4, dtype=torch.long)}, "no anchor tokens"),
+    ({"anchor_tokens": torch.zeros(1, 4).to_sparse()}, "no anchor tokens"),
+    ({"anchor_tokens": torch.zeros(1, 4, device="meta")}, "no anchor tokens"),
+    ({"anchor_tokens": torch.full((1, 4), float("nan"))}, "no anchor tokens"),
+    ({"anchor_tokens": "text"}, "no anchor tokens"),
+    ({"state_dict": {"x": torch.zeros(1)}}, "no anchor tokens"),
+    ({"state_dict": {"anchor_ctx": TOKENS, "anchor_ctx_2": torch.zeros(1, 5)}}, "different widths"),
+    ({"anchor_tokens": TOKENS, "settings": [1]}, "settings are no dict")])
+def test_files_without_anchor_tokens_are_named(tmp_path, content, what):
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt holds no anchor tokens"):
+    with pytest.raises(ValueError, match=f"other.pt holds .*{what}"):
         load_anchor(tmp_path / "other.pt")
 
 
@@ -105,4 +181,7 @@ def test_nearest_words_of_a_words_own_embedding_start_with_that_word():
     ids = TOKENIZER.encode("lamp") + TOKENIZER.encode("rooster")
     words = nearest_words(MODEL.token_embedding.weight[ids], MODEL, 3)
     assert [row[0][0] for row in words] == ["lamp", "rooster"] and len(words[0]) == 3
-    assert words[0][0][1] == pytest.approx(0, abs=1e-3) and words[0][1][1] <= words[0][2][1]
+    assert words[0][0][1] == pytest.approx(0, abs=1e-3)
+    others = (MODEL.token_embedding.weight - MODEL.token_embedding.weight[ids[0]]).norm(dim=1)
+    expected = others.topk(3, largest=False).values[1:].tolist()
+    assert [distance for _, distance in words[0][1:]] == pytest.approx(expected, rel=1e-3)

@@ -21,7 +21,7 @@ def softmax(row):
 
 def test_anchor_mse_is_eq5_with_every_class_weighing_the_same():
     f_anc = torch.randn(C, d, dtype=torch.float64)
-    f_des = [torch.randn(n, d, dtype=torch.float64) for n in (1, 3, 10, 2)]                # ragged
+    f_des = [torch.randn(n, d, dtype=torch.float64) for n in (1, 3, 10, 2)]         # ragged
     expected = 0.0
     for c in range(C):
         for k in range(len(f_des[c])):
@@ -35,7 +35,8 @@ def test_eq5_against_the_means_has_the_same_gradient_and_differs_by_the_variance
     f_des = [torch.randn(n, d, dtype=torch.float64) for n in (1, 3, 10, 2)]
     means = torch.stack([f.mean(0) for f in f_des])
     full, short = losses.anchor_mse(f_anc, f_des), losses.anchor_mse(f_anc, means)
-    assert full.item() == pytest.approx((short + losses.description_variance(f_des)).item(), rel=1e-12)
+    variance = losses.description_variance(f_des)
+    assert full.item() == pytest.approx((short + variance).item(), rel=1e-12)
     (g_full,), (g_short,) = torch.autograd.grad(full, f_anc), torch.autograd.grad(short, f_anc)
     torch.testing.assert_close(g_full, g_short, rtol=1e-12, atol=1e-15)
 
@@ -43,7 +44,7 @@ def test_eq5_against_the_means_has_the_same_gradient_and_differs_by_the_variance
 def test_anchor_mse_names_what_does_not_match():
     with pytest.raises(ValueError, match="4 anchor features.*3 classes"):
         losses.anchor_mse(torch.zeros(4, 2), torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="shapes"):
+    with pytest.raises(ValueError, match=r"shapes \(4, 2\) and \(4, 3\) differ"):
         losses.anchor_mse(torch.zeros(4, 2), torch.zeros(4, 3))
 
 
@@ -62,8 +63,8 @@ def test_ensemble_is_algorithm_1s_mean_of_logits():
 def test_distillation_is_eq11_with_the_ensemble_as_teacher(T):
     ensemble, expected = losses.ensemble_logits(NORMAL, ANCHOR), 0.0
     for b in range(B):
-        p, q = softmax((ensemble[b] / T).tolist()), softmax((NORMAL[b] / T).tolist())
-        expected += sum(p[c] * math.log(p[c] / q[c]) for c in range(C) if p[c] > 0)
+        q_ens, q_norm = softmax((ensemble[b] / T).tolist()), softmax((NORMAL[b] / T).tolist())
+        expected += sum(q_ens[c] * math.log(q_ens[c] / q_norm[c]) for c in range(C) if q_ens[c] > 0)
     expected *= T ** 2 / (B * C)
     assert losses.distillation_kl(NORMAL, ensemble, T).item() == pytest.approx(expected, rel=1e-9)
 
@@ -72,14 +73,16 @@ def test_distillation_moves_the_normal_prompt_only_and_vanishes_where_both_agree
     normal = NORMAL.clone().requires_grad_(True)
     anchor = ANCHOR.clone().requires_grad_(True)
     losses.distillation_kl(normal, losses.ensemble_logits(normal, anchor), 2.0).backward()
-    assert anchor.grad is None                                     # the teacher is a constant
-    T = 2.0                                                        # d L2 / d l_norm = T / (B C) (q - p)
-    p = ((NORMAL + ANCHOR) / 2 / T).softmax(-1)
-    torch.testing.assert_close(normal.grad, T / (B * C) * ((NORMAL / T).softmax(-1) - p), rtol=1e-9, atol=1e-12)
+    assert anchor.grad is None                                  # the teacher is a constant
+    T = 2.0                                     # d L2 / d l_norm = T / (B C) (q_norm - q_ens)
+    q_norm, q_ens = (NORMAL / T).softmax(-1), ((NORMAL + ANCHOR) / 2 / T).softmax(-1)
+    torch.testing.assert_close(normal.grad, T / (B * C) * (q_norm - q_ens), rtol=1e-9, atol=1e-12)
     assert losses.distillation_kl(NORMAL, NORMAL, 2.0).abs() < 1e-15
-    with pytest.raises(ValueError, match="positive"):
-        losses.distillation_kl(NORMAL, NORMAL, 0)
+    for wrong in (0, -1, math.nan):
+        with pytest.raises(ValueError, match=f"temperature must be positive, got {wrong}"):
+            losses.distillation_kl(NORMAL, NORMAL, wrong)
 
 
 def test_total_loss_is_eq12():
-    assert losses.total_loss(torch.tensor(0.7), torch.tensor(0.02), 100, 1000).item() == pytest.approx(90.0)
+    loss = losses.total_loss(torch.tensor(0.7), torch.tensor(0.02), 100, 1000)
+    assert loss.item() == pytest.approx(90.0)
