@@ -1058,18 +1058,17 @@ def aliases_to_fill(path, missing, given, closest):
     """Writes aliases-<description file's name>.json to the current directory, for a user to fill.
 
     missing: class names, which get the closest key or "". given: the aliases of this run, which
-    go in as well. A file with filled values is never written over: the next free number is taken,
-    unless the file has all these classes already. Returns what to do, as text; None where nothing
-    can be written here.
+    go in as well. A file that is there already stays as it is. Returns what to do, as text; None
+    where nothing can be written here.
     """
+    file = pathlib.Path(f"aliases-{pathlib.Path(path).stem}.json")
+    if file.exists():
+        return (f"fill {file}, which is there already (class -> key of the description file; remove "
+                f"it to have it written anew), and give --aliases {file}")
     content = dict(given)
     for name in missing:
         near = closest(name, cutoff=0.8)                    # accordion is no scorpion
         content[name] = near[0] if near else ""
-    file = free_aliases_file(path, content)
-    if file.exists() and has_names(file, content):
-        return (f"{file} is there to be filled (class -> key of the description file), for "
-                f"--aliases {file}")
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     try:
         with written_aside(file) as aside:
@@ -1078,29 +1077,6 @@ def aliases_to_fill(path, missing, given, closest):
         return None
     return (f"{file} was written with all of them and the closest keys: correct it, fill it, and "
             f"give --aliases {file}")
-
-
-def free_aliases_file(path, content):
-    """The first aliases file that has all these classes, has no filled value, or is not there."""
-    stem = pathlib.Path(path).stem
-    for number in itertools.count(1):
-        file = pathlib.Path(f"aliases-{stem}-{number}.json")
-        if number == 1:
-            file = pathlib.Path(f"aliases-{stem}.json")
-        if not file.exists() or has_names(file, content):
-            return file
-        with contextlib.suppress(ValueError, OSError):  # something else that has this name stays
-            if not any(read_json_object(file).values()):
-                return file
-
-
-def has_names(file, content):
-    """Does an aliases file have all the classes of `content`?"""
-    try:
-        there = {plain(name) for name in read_json_object(file)}
-    except (ValueError, OSError):
-        return False
-    return all(plain(name) in there for name in content)
 
 
 # ---------------------------------------------------------------------------- images

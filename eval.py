@@ -970,7 +970,7 @@ def notes_on(cell, remarks, results):
 
 
 def train_command(row, settings, output):
-    """The shell's line that makes a cell's runs. $DATA and $DESCRIPTIONS are the user's folders."""
+    """The shell's line that makes a cell's runs. $DATA is the user's folder of the datasets."""
     dataset = settings["dataset"]
     defaults = default_settings(dataset, row.baseline, row.template)
     words = ["python stage2.py", "--dataset", dataset,
@@ -980,9 +980,6 @@ def train_command(row, settings, output):
             words.append("--" + key.replace("_", "-"))
             if value is not True:
                 words.append(str(value))
-    shipped = pathlib.Path(data.ASSETS) / "descriptions" / f"{dataset}.json"
-    if row.template == "anchoropt" and not shipped.is_file():
-        words.append(f"--descriptions $DESCRIPTIONS/{dataset}.json")
     words.append("--seeds 1 2 3")
     if dataset != "toy":
         words.append("--root $DATA")
@@ -1044,8 +1041,7 @@ def print_paper_table(args):
     print_records(records, table.measures)
     print_notes(notes)
     if commands:
-        print("\nEmpty cells, and what fills them ($DATA: the folder of the datasets, "
-              "$DESCRIPTIONS: of their description files)\n")
+        print("\nEmpty cells, and what fills them ($DATA: the folder of the datasets)\n")
         print("\n".join(["```", *commands, "```"]))
 
 

@@ -918,6 +918,8 @@ def _build(state, activation="quickgelu", vision_heads=None, text_heads=None):
     """
     if activation not in ("quickgelu", "gelu"):
         raise ValueError(f"the activation is 'quickgelu' or 'gelu', not {activation!r}")
+    if any(value.numel() == 0 for value in state.values()):
+        raise ValueError("it has a tensor without any values")
     try:
         sizes = _sizes(state)
     except (IndexError, TypeError, ValueError) as error:

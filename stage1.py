@@ -108,7 +108,8 @@ def get_anchor(clip_model, class_names, args, settings, seed, renew=False):
         if renew:
             (folder / "last.pt").unlink(missing_ok=True)
 
-        # f_T(t_d), the frozen targets, are all that Stage I knows about the classes.
+        # f_T(t_d), the frozen targets, are all that Stage I knows about the classes. Eq. 5 over the
+        # D_c sentences of a class has the same gradient as over their mean.
         print("Stage I learns the anchor now", flush=True)
         sentences, notes = read_descriptions(class_names, args, settings)
         for note in notes:
@@ -165,15 +166,15 @@ def cosine(prompt, features):
     return torch.stack(per_class).mean().item()
 
 
-def read_descriptions(class_names, args, settings):
+def read_descriptions(class_names, args, settings, write_aliases=True):
     """The sentences of each class (C lists), from --descriptions or the project's own file.
 
-    Returns them, and notes on how they were read.
+    Returns them, and notes on how they were read. write_aliases: see `data.load_descriptions`.
     """
     notes = []
     path = args.descriptions or data.default_descriptions(settings["dataset"])
     sentences = data.load_descriptions(path, class_names, settings["max_descriptions"],
-                                       args.aliases, notes)
+                                       args.aliases, notes, write_aliases)
     return sentences, notes
 
 
@@ -184,7 +185,7 @@ def anchor_facts(class_names, args, settings, must_exist=True):
     """
     facts = {"class names": data.digest(list(class_names))}
     try:
-        sentences, _ = read_descriptions(class_names, args, settings)
+        sentences, _ = read_descriptions(class_names, args, settings, write_aliases=must_exist)
         facts["descriptions' sentences"] = data.digest(sentences)
     except (OSError, ValueError):
         if must_exist:
@@ -194,6 +195,7 @@ def anchor_facts(class_names, args, settings, must_exist=True):
 
 def check_anchor(file, tokens, saved, settings, clip_model):
     """Raises ValueError where an anchor file does not fit what is asked for: says both values."""
+    # Both values are said: which of the two is the wrong one, only the user knows.
     facts = [("anchor length", len(tokens), settings["anchor_length"])]
     for key in ("preposition", "clip"):
         if key in saved:                    # the authors' files say neither
@@ -223,6 +225,7 @@ def run(args):
     for note in dataset.notes:
         print(f"note: {note}")
     clip_model = load_clip_for(settings, args)
+    # The few-shot picks differ between seeds, but no image is read: only theta_a's start does.
     for seed in args.seeds:
         tokens = get_anchor(clip_model, task.base_names, args, settings, seed)
         if args.nearest:
@@ -264,7 +267,7 @@ def learning_rate(epoch, epochs, lr):
 
 
 def sgd(parameters, lr):
-    """The optimizer of both stages (S2.2)."""
+    """The optimizer of both stages (S2.2). `Epochs` moves its lr along `learning_rate`."""
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=5e-4)
 
 
@@ -287,6 +290,7 @@ class Epochs:
         self.epochs = epochs
         self.steps = steps
         self.optimizers = optimizers
+        # What the schedule scales; going on brings back an optimizer with the rate of its epoch.
         self.lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
         self.path = path
         self.parts = parts or {}
@@ -328,6 +332,9 @@ class Epochs:
         lr = self.optimizers[0].param_groups[0]["lr"]
         self.log.append({"epoch": epoch, "lr": lr, **means, "seconds": round(seconds, 3)})
         self.bar.set_postfix(epoch=epoch, **means)
+
+        # Kept: the parts, among them the optimizers with their momentum, the log, and what all of
+        # it depends on. No state of a random generator: an epoch's chance comes from its number.
         if self.path is not None:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             with data.written_aside(self.path) as aside:
@@ -339,12 +346,14 @@ class Epochs:
         # Is the file sound,
         try:
             saved = read_as_data(self.path)
-            facts, log = saved["facts"], list(saved["log"])
-            if [row["epoch"] for row in log] != list(range(1, len(log) + 1)):
+            facts, log = dict(saved["facts"]), list(saved["log"])
+            if not log or [row["epoch"] for row in log] != list(range(1, len(log) + 1)):
                 raise ValueError("epochs are missing")
+            if any(row.keys() != log[0].keys() for row in log):
+                raise ValueError("its epochs differ in form")
         except (PermissionError, torch.OutOfMemoryError):
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path}, which keeps the finished epochs, is damaged ({error}); "
                              f"{advice}") from error
         # of the same data,
@@ -353,7 +362,7 @@ class Epochs:
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(f"{self.path} is of another run ({reason}); {advice}") from error
         self.log = log
@@ -380,6 +389,9 @@ def save_csv(path, rows):
 # -------------------------------------------------------------------- settings
 
 SETTINGS_FILE = pathlib.Path(data.ASSETS) / "settings.csv"
+
+# What an image feature depends on, and what an anchor depends on: the runs that agree in these
+# share kept features and anchors.
 CLIP_SETTINGS = ("clip", "activation", "vision_heads", "text_heads", "dtype")
 ANCHOR_SETTINGS = (*CLIP_SETTINGS, "classes", "shots", "anchor_length", "preposition",
                    "anchor_epochs", "anchor_lr", "anchor_weight", "descriptions",
@@ -425,6 +437,7 @@ def default_settings(dataset, baseline, template, classes=None, one_stage=False)
     for row in settings_rows():
         if all(row[key] in ("*", settings[key]) for key in CELL):
             settings |= row_settings(row)
+    # What belongs to a template.
     if template == "atprompt":
         settings["attributes"] = settings.get("attributes", "").split()
     if template == "anchoropt":
@@ -543,7 +556,8 @@ def run_folder(output, settings, seed):
     """output/<dataset>/<baseline>-<template>[,changed settings]/seed<k>, where a run lives."""
     defaults = default_settings(settings["dataset"], settings["baseline"], settings["template"],
                                 settings["classes"], settings.get("one_stage", False))
-    defaults["classes"] = "base"                            # these two are always said in the name
+    # These two are other experiments, with rows of their own: always said in the name.
+    defaults["classes"] = "base"
     if "one_stage" in defaults:
         defaults["one_stage"] = False
     name = folder_name(cell_name(settings), settings, defaults)
@@ -567,6 +581,7 @@ def only_process(folder, wait, what):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # The operating system holds the lock: it goes with the process, however that ends.
         lock = filelock.FileLock(folder / ".lock")
         try:
             lock.acquire(blocking=False)
@@ -602,8 +617,13 @@ def load_clip_for(settings, args):
     dtype = None
     if "dtype" in own:
         dtype = getattr(torch, own["dtype"])
-    clip_model = load_clip(args.clip or settings["clip"], args.device, dtype, own.get("activation"),
-                           own.get("vision_heads"), own.get("text_heads"))
+    # prompts.py, which people copy, knows nothing of options: what to try is said here.
+    try:
+        clip_model = load_clip(args.clip or settings["clip"], args.device, dtype,
+                               own.get("activation"), own.get("vision_heads"),
+                               own.get("text_heads"))
+    except ValueError as error:
+        raise ValueError(f"{error}; see --clip, --device, --vision-heads, --text-heads") from error
     for note in clip_model.notes:
         print(f"note: {note}; say otherwise with --activation, --vision-heads, --text-heads",
               flush=True)
@@ -614,6 +634,7 @@ def kept_features(clip_model, settings, images, cache):
     """Where the frozen CLIP's features of these images are kept (--feature-cache), or None."""
     if not cache:
         return None
+    # The precision as it is, too: "default" is another one on a GPU.
     what = [settings[key] for key in CLIP_SETTINGS] + [str(clip_model.dtype)]
     return data.KeptFeatures(cache, what, images)
 
@@ -660,7 +681,7 @@ def not_negative(text):
     return value
 
 
-# None stands for the default of the dataset's row.
+# The options of all scripts. None stands for "not given": the default is the dataset's row.
 
 def add_data_options(parser):
     group = parser.add_argument_group("data")

@@ -1,4 +1,4 @@
-"""Stage II, adaptation (Sec. 3.2.2, Fig. 2b, Algorithm 1's second loop); one-stage training (3.2.4).
+"""Stage II, adaptation (Sec. 3.2.2, Fig. 2b, Algorithm 1's second loop); one-stage training.
 
     python stage2.py                                                    the toy world: half a minute
     python stage2.py --dataset caltech101 --baseline coop --root $DATA  a cell of Table 1
@@ -78,6 +78,8 @@ def train(learner, epochs, features, labels, settings, seed, f_anc=None, anchor_
     epochs: the `stage1.Epochs` to go through. features: a `data.EpochFeatures` of the n few-shot
     images. labels (n,): theirs, on CLIP's device. The rest as in `adapt`.
     """
+    # Image features come an epoch at a time: the frozen tower runs in large batches, in the order
+    # of the items, so that they are the same to the bit for every method and batch size.
     n, batch_size = len(labels), settings["batch_size"]
     used = min(n, epochs.steps * batch_size)            # the last partial batch is dropped
     learner.train()
@@ -158,6 +160,7 @@ def run_seed(args, settings, seed, dataset, get_clip):
     task = data.few_shot_task(dataset, settings["classes"], settings["shots"], seed)
     facts = run_facts(args, settings, dataset, task)
     with stage1.only_process(folder, wait=False, what=f"seed {seed}"):
+        # What is finished is not run again. CLIP is loaded only for a run that needs it.
         if args.overwrite:
             remove_run(folder)
         finished = finished_run(folder, settings, facts)
@@ -192,7 +195,7 @@ def run_seed(args, settings, seed, dataset, get_clip):
             hm = harmonic_means(base, novel)
         clock.lap("eval")
 
-        # Saving.
+        # Saving. results.json comes last: with it, the run is finished.
         W_end = learnt_W(learner)
         if W_end and not args.no_plot:
             draw_W(folder, W_end, settings)
@@ -208,6 +211,7 @@ def run_seed(args, settings, seed, dataset, get_clip):
 
 def run_facts(args, settings, dataset, task):
     """Digests of all that a run depends on beside settings: see `stage1.check_unchanged`."""
+    # Anchors that come from a file count by its content, which the settings hold.
     facts = data.digests(dataset, task)
     if settings["template"] == "anchoropt" and not args.anchor:
         own = stage1.anchor_facts(task.base_names, args, settings, must_exist=False)
@@ -217,6 +221,7 @@ def run_facts(args, settings, dataset, task):
 
 def with_notes(task, settings):
     """The task, with what else its figures' reader must know; printed."""
+    # They travel with the results, so that no table shows a figure without them.
     notes, comparable = list(task.notes), task.comparable
     if settings["clip"] not in ("toy", *clip.available_models()):
         notes.append(f"CLIP {settings['clip']} is a checkpoint of your own: figures do not compare "
@@ -232,7 +237,8 @@ def check_before_learning(clip_model, task, dataset, settings):
     if not task.train and settings["baseline"] != "clip":
         raise ValueError(f"{dataset.name} has no training images: train on another dataset, then "
                          f"test on this one with: python eval.py RUN --dataset {dataset.name}")
-    # A learner with an anchor of zeros, thrown away: its own checks are all that is wanted.
+    # A learner with an anchor of zeros, thrown away: its own checks are all that is wanted. The
+    # random numbers that it draws change nothing: every stage begins with its seed.
     width = clip_model.token_embedding.weight.shape[1]
     trial_anchor = torch.zeros(settings.get("anchor_length", 1), width)
     learner = build_learner(settings, clip_model, task.base_names, trial_anchor)
@@ -287,6 +293,7 @@ def learn_prompt(learner, task, args, settings, seed, folder, facts):
             f_anc = anchor_features(clip_model, task.base_names, anchor_tokens,
                                     settings["preposition"], args.class_chunk)
 
+    # The epochs, from where an earlier process was stopped.
     steps = max(1, len(task.train) // settings["batch_size"])
     epochs = stage1.Epochs("stage II", settings["epochs"], steps, optimizers, folder / "last.pt",
                            parts, facts, advice="lower --lr, --lambda-1 or --lambda-2")
@@ -338,6 +345,7 @@ def learnt_W(learner):
 
 def save_prompt(folder, learner, base_names, settings, seed):
     """prompt.pt: what was learnt, and all that building the learner anew takes."""
+    # On a GPU, too, it loads anywhere: eval.py reads it to the device that it runs on.
     with data.written_aside(folder / "prompt.pt") as aside:
         torch.save({"state": learner.state_dict(), "settings": settings,
                     "class_names": base_names, "seed": seed}, aside)
@@ -345,6 +353,7 @@ def save_prompt(folder, learner, base_names, settings, seed):
 
 def save_results(folder, result):
     """results.json, with which a run is finished. Returns the result as `eval.load_result` does."""
+    # The last file to come: where it stands, everything else does.
     with data.written_aside(folder / "results.json") as aside:
         aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / "last.pt").unlink(missing_ok=True)
@@ -356,6 +365,7 @@ def finished_run(folder, settings, facts):
     file = folder / "results.json"
     if not file.exists():
         return None
+    # The folder's name says the settings, and a result is of the data that there were.
     result = evaluation.load_result(file)
     if result["settings"] != settings:
         raise ValueError(f"{folder} holds a run with other settings; choose another --output, or "
@@ -369,6 +379,7 @@ def finished_run(folder, settings, facts):
 
 def remove_run(folder):
     """Takes away what a run and its evaluations have left, to begin anew."""
+    # results.json goes first: without it nobody takes the rest for a finished run.
     for name in ("results.json", "prompt.pt", "last.pt", "log.csv", "position.png"):
         (folder / name).unlink(missing_ok=True)
     for file in folder.glob("eval-*.json"):

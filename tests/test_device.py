@@ -24,7 +24,7 @@ from reference import tiny_clip
 NAMES = ["ant", "water lilly", "yin yang"]
 BASELINES = ("coop", "cocoop", "maple", "dept")
 CELLS = [(baseline, template, False) for baseline in BASELINES for template in prompts.TEMPLATES]
-CELLS += [(baseline, "anchoropt", True) for baseline in BASELINES]
+CELLS += [("coop", "anchoropt", True), ("maple", "anchoropt", True)]            # one stage
 N, STEPS, BATCH = 10, 2, 4
 
 PROCESSES = multiprocessing.get_context("spawn")
@@ -71,7 +71,7 @@ def zero_gradients(learnt):
 
 def world(baseline, template, one_stage, dtype):
     """A real small CLIP in this precision, settings, a learner and an anchor prompt."""
-    clip_model = tiny_clip()
+    clip_model = tiny_clip(layers=2, width=64)
     prompts._set_precision(clip_model, dtype)
     clip_model.eval().requires_grad_(False)
     settings = stage1.default_settings("caltech101", baseline, template, one_stage=one_stage)
@@ -126,12 +126,13 @@ def run_steps(device, clip_model, settings, learner, prompt):
     elif settings["template"] == "anchoropt":
         f_anc = targets
     epochs = stage1.Epochs("as if", 1, STEPS, optimizers)
-    next(iter_kept := iter(epochs))
+    epoch = iter(epochs)
+    next(epoch)
     order = torch.randperm(N)[:STEPS * BATCH]
     batches = stage2.batches_of(order, BATCH, f, crops, labels)
     for loss, ce, kl in stage2.adapt(learner, optimizers[0], batches, settings, f_anc, anchor_step):
         epochs.step(loss=loss, ce=ce, kl=kl)
-    assert len(epochs.terms) == STEPS and iter_kept is not None
+    assert len(epochs.terms) == STEPS
     return [loss, ce, kl]
 
 
@@ -145,7 +146,7 @@ def in_a_process(devices, *args):
 
 @pytest.mark.parametrize("baseline, template, one_stage", CELLS)
 def test_a_step_mixes_no_devices_and_reads_no_value_back(baseline, template, one_stage):
-    devices = [("cuda:0", torch.float16), ("cuda:0", torch.float32), ("cpu", torch.float16)]
+    devices = [("cuda:0", torch.float16), ("cpu", torch.float16)]
     for (device, _), found in zip(devices, in_a_process(devices, baseline, template, one_stage)):
         assert found == {"losses": {(device, torch.float32, torch.Size([]))},
                          "learnt": {(device, torch.float32)}, "without a gradient": []}

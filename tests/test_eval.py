@@ -444,7 +444,6 @@ MEANT = {
 def settings_of(words):
     """The settings that stage2.py runs with, given these words of a command."""
     args = stage2.parse(words)
-    args.descriptions = None                                        # may be a file of $DESCRIPTIONS
     return stage1.resolve(args, stage1.default_settings(args.dataset, args.baseline, args.template,
                                                         args.classes, args.one_stage))
 
@@ -511,9 +510,7 @@ def test_every_command_for_an_empty_cell_parses_and_makes_the_run_of_that_cell(
         args = stage2.parse(words[2:])
         assert args.seeds == [1, 2, 3] and args.output == str(tmp_path)
         assert args.root == (None if on == "toy" else "$DATA")
-        shipped = (stage1.SETTINGS_FILE.parent / "descriptions" / f"{args.dataset}.json").exists()
-        needed = args.template == "anchoropt" and not shipped
-        assert args.descriptions == (f"$DESCRIPTIONS/{args.dataset}.json" if needed else None)
+        assert os.path.isfile(data.default_descriptions(args.dataset))      # so none need be given
         made.append(settings_of(words[2:]))
     datasets = paper_table.datasets if on == "paper" else (on,)
     if paper_table.source:
@@ -1209,14 +1206,13 @@ def test_runs_made_with_the_printed_commands_land_in_their_cells(
     commands = [command for command in commands_in(text) if kind in command or name in command]
     assert len(commands) == 2
     monkeypatch.setenv("DATA", str(folder / "data"))
-    monkeypatch.setenv("DESCRIPTIONS", str(folder / "said"))
     for command in commands:
         words = []
         for word in shlex.split(os.path.expandvars(command)):       # as a shell reads it
             words += sorted(glob.glob(word)) if "*" in word else [word]
         script = {"stage2.py": stage2, "eval.py": evaluation}[words[1]]
         more = ["--no-plot"] if script is stage2 else []
-        if script is stage2 and row.template == "anchoropt":        # shipped ones know no made-up class
+        if script is stage2 and row.template == "anchoropt":    # shipped: no made-up class
             more += ["--descriptions", folder / "said" / "imagenet.json"]
         assert run(script, *words[2:], *more, "--clip", folder / "smaller.pt",
                    "--device", "cpu") == 0

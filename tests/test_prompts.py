@@ -865,3 +865,11 @@ def test_unknown_names_devices_and_places_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts.clip, "load", offline)
     with pytest.raises(FileNotFoundError, match=r"\(no route\).*ViT-B-16.pt.*SHA-256 5806e77c"):
         prompts.load_clip("ViT-B/16")
+
+
+def test_words_that_the_toy_clip_does_not_know_are_small_noise():
+    table = prompts.load_clip("toy").token_embedding.weight
+    assert len(table) == len(TOKENIZER.encoder)
+    assert table.median().item() == pytest.approx(0, abs=1e-3)
+    assert table.abs().median().item() == pytest.approx(0.02 * 0.6745, rel=0.02)
+    assert torch.equal(table, prompts.load_clip("toy").token_embedding.weight)

@@ -889,13 +889,12 @@ def start(script, *argv, cwd, **environment):
                             stderr=subprocess.PIPE, env=os.environ | environment)
 
 
-def test_each_script_runs_as_a_process(tmp_path, clip_file):
+def test_both_stages_run_as_processes(tmp_path, clip_file):
     worlds.eurosat_tree(tmp_path / "data", per_class=4)
     options = ["--dataset", "eurosat", "--root", tmp_path / "data", "--clip", clip_file,
                "--anchor-epochs", 1]
     commands = [["stage1.py", *options, "--output", "a"],
-                ["stage2.py", *options, "--epochs", 1, "--output", "b"],
-                ["eval.py", "--help"], ["data.py", "--help"]]
+                ["stage2.py", *options, "--epochs", 1, "--output", "b"]]
     for process in [start(*command, cwd=tmp_path) for command in commands]:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0 and out and not err, err
