@@ -17,6 +17,7 @@ import argparse
 import collections
 import contextlib
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -1103,7 +1104,14 @@ def normalize(crops):
 
     Crops stay uint8 until here: a quarter of the memory, and of the way to the GPU.
     """
-    return T.functional.normalize(crops.float() / 255, CLIP_MEAN, CLIP_STD)
+    mean, std = _mean_and_std(crops.device)
+    return (crops.float() / 255 - mean) / std
+
+
+@functools.lru_cache(maxsize=8)                 # so that a training step copies nothing to the GPU
+def _mean_and_std(device):
+    """CLIP's, (3, 1, 1) each. (torchvision's normalize reads a value back from the GPU.)"""
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD)]
 
 
 class BadImage(ValueError):
@@ -1275,9 +1283,10 @@ class KeptFeatures:
             # A zip: it checks its checksums.
             with np.load(self.path(epoch), allow_pickle=False) as file:
                 features, what = file["features"], str(file["what"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile,
+                zlib.error):                    # zipfile has many words for a flipped bit
             return None
-        if what != self.what or features.ndim != 2 or len(features) != self.n:
+        if what != self.path(epoch).stem or features.ndim != 2 or len(features) != self.n:
             return None
         return torch.from_numpy(features).float()
 
@@ -1286,7 +1295,7 @@ class KeptFeatures:
         if features.dtype == torch.bfloat16:                                # numpy has none
             features = features.float()
         with written_aside(self.path(epoch)) as aside, open(aside, "wb") as file:
-            np.savez(file, features=features.numpy(), what=self.what)
+            np.savez(file, features=features.numpy(), what=self.path(epoch).stem)
 
 
 # ---------------------------------------------------------------------------- writing

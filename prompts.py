@@ -972,7 +972,10 @@ def _sizes(state):
     """The arguments of `clip.model.CLIP`, but for the heads, read off the shapes of its tensors."""
     def blocks(tower):
         names = (f"{tower}.resblocks.{i}.ln_1.weight" for i in itertools.count())
-        return next(i for i, name in enumerate(names) if name not in state)
+        n = next(i for i, name in enumerate(names) if name not in state)
+        if n == 0:
+            raise ValueError(f"{tower} has no blocks")
+        return n
 
     sizes = {"embed_dim": state["text_projection"].shape[1],
              "context_length": len(state["positional_embedding"]),

@@ -31,8 +31,9 @@ import data
 import losses
 
 try:
-    from anchor import AnchorPrompt, load_anchor, nearest_words, read_as_data, save_anchor
-    from prompts import check_width, clip_identity, encode_sentences, load_clip, unit
+    from anchor import AnchorPrompt, load_anchor, nearest_words, save_anchor
+    from prompts import (check_width, clip_identity, encode_sentences, load_clip, read_as_data,
+                         unit)
 except ImportError as error:
     # clip is missing, or its pkg_resources is: every script imports this module first.
     script = os.path.basename(sys.argv[0])
@@ -52,7 +53,7 @@ def learn_anchor(prompt, targets, epochs, weight):
     optimizer = epochs.optimizers[0]
 
     # stage 1: anchor optimization. A step takes the descriptions of all classes at once.
-    for epoch in epochs:
+    for _ in epochs:
         for _ in range(epochs.steps):
             f_anc = prompt()                                    # f_T(t_anc; theta_a), Eq. 4: (C, d)
             loss = weight * losses.anchor_mse(f_anc, targets)   # Eq. 5, against f_T(t_d)

@@ -345,7 +345,7 @@ def learnt_W(learner):
 
 def save_prompt(folder, learner, base_names, settings, seed):
     """prompt.pt: what was learnt, and all that building the learner anew takes."""
-    # On a GPU, too, it loads anywhere: eval.py reads it to the device that it runs on.
+    # Tensors of a GPU load anywhere: `prompts.read_as_data` puts them on the CPU first.
     with data.written_aside(folder / "prompt.pt") as aside:
         torch.save({"state": learner.state_dict(), "settings": settings,
                     "class_names": base_names, "seed": seed}, aside)

@@ -1,6 +1,6 @@
 """The authors' released code beside this project: the same CLIP, noise, inputs, start values.
 
-    python tests/parity.py PATH_TO_ATPROMPT         all checks: 3 to 5 minutes on two cores
+    python tests/parity.py PATH_TO_ATPROMPT         all checks: about two minutes
     python tests/parity.py PATH_TO_ATPROMPT --cells coop-anchoropt maple stage1
 
 PATH_TO_ATPROMPT: a checkout of https://github.com/zhengli97/ATPrompt. Its trainers and the Dassl in
