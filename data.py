@@ -1064,8 +1064,8 @@ def aliases_to_fill(path, missing, given, closest):
     """
     file = pathlib.Path(f"aliases-{pathlib.Path(path).stem}.json")
     if file.exists():
-        return (f"fill {file}, which is there already (class -> key of the description file; remove "
-                f"it to have it written anew), and give --aliases {file}")
+        return (f"fill {file}, which is there already (class -> key of the description file; "
+                f"remove it to have it written anew), and give --aliases {file}")
     content = dict(given)
     for name in missing:
         near = closest(name, cutoff=0.8)                    # accordion is no scorpion
@@ -1223,7 +1223,9 @@ class EpochFeatures:
         self.workers = workers
         self.to_load = [epoch for epoch in epochs
                         if keep_crops or self.kept is None or not self.kept.has(epoch)]
-        self.batches = iter(loader(images, list(self.to_load), workers=workers))
+        self.batches = None                                 # begun where there is one to load
+        if self.to_load:
+            self.batches = iter(loader(images, list(self.to_load), workers=workers))
 
     def __getitem__(self, epoch):
         f = self.kept.read(epoch) if self.kept is not None else None

@@ -123,7 +123,11 @@ def make_case(row, clip_model, n_classes, batch_size=None, class_chunk=0):
         images=torch.randn(batch_size, 3, resolution, resolution).to(device),
         labels=torch.randint(n_classes, (batch_size,)).to(device),
         optimizer=stage1.sgd(learner.parameters(), settings["lr"]),
-        still=torch.optim.SGD(learner.parameters(), lr=0))
+        still=stage1.sgd(learner.parameters(), 0),          # moves nothing
+        kernels={})                                         # (side, text_only) -> a step's
+    for parameter in learner.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    case.still.step()                                       # makes its momentum buffers
     with torch.no_grad():                                   # once an epoch, once a run
         case.f = encode_image(clip_model, case.images).to(wide)
         case.f_anc = anchor_features(clip_model, names, anchor_tokens, settings["preposition"])
@@ -273,8 +277,13 @@ def step(case, side, text_only=False, update=True):
 
 
 def loss_and_gradients(case, side, text_only=False):
-    """name -> tensor: the loss of a step that moves nothing, and the gradients that it leaves."""
-    found = {"loss": step(case, side, text_only, update=False)}
+    """name -> tensor: the loss of a step that moves nothing, and the gradients that it leaves.
+
+    Counts the step's kernels on the way.
+    """
+    with Kernels() as counter:
+        found = {"loss": step(case, side, text_only, update=False)}
+    case.kernels[side, text_only] = counter.count
     for name, parameter in case.learner.named_parameters():
         if parameter.grad is not None:
             found[name] = parameter.grad.clone()
@@ -303,13 +312,6 @@ class Kernels(TorchDispatchMode):
         is_empty = "empty" in function.__name__ or "_unsafe_view" in function.__name__
         self.count += not is_view and not is_empty
         return function(*args, **(kwargs or {}))
-
-
-def kernels(case, side, text_only=False):
-    """How many kernels a step runs, forward and backward and, but for the text side, update."""
-    with Kernels() as counter:
-        step(case, side, text_only)
-    return counter.count
 
 
 def seconds(function, device, at_least=0):
@@ -472,14 +474,14 @@ def measured(args, case, reason, text_only=False):
     ours = functools.partial(step, case, "project", text_only)
     theirs = functools.partial(step, case, "conventional", text_only)
     if reason:
-        ours()                                                              # warms up
-        differ, counts = ["-", "-"], [kernels(case, "project", text_only), "-"]
+        loss_and_gradients(case, "project", text_only)                      # warms up
+        differ = ["-", "-"]
         took = [*medians([ours], args.device, args.repeats), None]
     else:
         differ = [f"{value:.1e}" for value in differences(case, text_only)]     # warms both up, too
-        counts = [kernels(case, side, text_only) for side in STEPS]
         took = medians([ours, theirs], args.device, args.repeats)
 
+    counts = [case.kernels.get((side, text_only), "-") for side in STEPS]
     share = 0
     if not text_only and (row != "maple" or case.distil):
         share = batch * args.image_seconds
