@@ -72,17 +72,17 @@ def scaled_backward(loss, tokens):
     tokens.grad /= 256
 
 
-def description_features(clip_model, descriptions, class_names):
+def description_features(clip_model, descriptions, class_names, path="descriptions"):
     """The frozen f_T(t_d) of Eq. 5: C tensors (D_c, d), unit features of each class's sentences.
 
-    Raises ValueError naming class and sentence where CLIP cannot read one.
+    Raises ValueError naming the file (path), class and sentence where CLIP cannot read one.
     """
     features = []
     for name, sentences in zip(class_names, descriptions):
         try:
             features.append(unit(encode_sentences(clip_model, sentences)))
         except ValueError as error:
-            raise ValueError(f"the description of {name!r}: {error}") from error
+            raise ValueError(f"{path}: the sentences of {name!r}: {error}") from error
     return features
 
 
@@ -116,7 +116,8 @@ def get_anchor(clip_model, class_names, args, settings, seed, renew=False):
         for note in notes:
             print(f"note: {note}", flush=True)
         facts = anchor_facts(class_names, args, settings)
-        features = description_features(clip_model, sentences, class_names)
+        features = description_features(clip_model, sentences, class_names,
+                                        descriptions_file(args, settings))
         targets = torch.stack([f.mean(0) for f in features])                        # (C, d)
 
         # t_anc, the anchor prompt, starts from this seed's random theta_a.
@@ -167,13 +168,17 @@ def cosine(prompt, features):
     return torch.stack(per_class).mean().item()
 
 
+def descriptions_file(args, settings):
+    return args.descriptions or data.default_descriptions(settings["dataset"])
+
+
 def read_descriptions(class_names, args, settings, write_aliases=True):
     """The sentences of each class (C lists), from --descriptions or the project's own file.
 
     Returns them, and notes on how they were read. write_aliases: see `data.load_descriptions`.
     """
     notes = []
-    path = args.descriptions or data.default_descriptions(settings["dataset"])
+    path = descriptions_file(args, settings)
     sentences = data.load_descriptions(path, class_names, settings["max_descriptions"],
                                        args.aliases, notes, write_aliases)
     return sentences, notes

@@ -320,7 +320,8 @@ def one_stage_step(learner, class_names, args, settings):
     sentences, notes = stage1.read_descriptions(class_names, args, settings)
     for note in notes:
         print(f"note: {note}", flush=True)
-    f_des = stage1.description_features(learner.clip_model, sentences, class_names)     # f_T(t_d)
+    path = stage1.descriptions_file(args, settings)
+    f_des = stage1.description_features(learner.clip_model, sentences, class_names, path)   # f_T(t_d)
     return OneStage(prompt, torch.stack([f.mean(0) for f in f_des]), learner, settings)
 
 

@@ -4,7 +4,7 @@ import os
 import pathlib
 import sys
 
-# The models here are tiny: a second thread costs more than it brings, and more so where cores are shared.
+# The models here are tiny: a second thread costs more than it brings.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HERE = pathlib.Path(__file__).resolve().parent

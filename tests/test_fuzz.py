@@ -286,7 +286,7 @@ def test_class_names_in_zero_shot_prompts(names):
     assert relative(features, encode_77(MODEL, torch.zeros(0, 64), sentences)) < 1e-4
 
 
-# ----------------------------------------------------------------------------------------------- split files
+# ------------------------------------------------------------------------------------- split files
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
@@ -303,9 +303,11 @@ def check_split(root, content):
         loaded = []
         if survives(lambda: loaded.append(data.load_dataset("dtd", root)), file):
             (dataset,) = loaded
-            assert all(isinstance(name, str) for name in dataset.class_names) and dataset.train and dataset.test
+            assert all(isinstance(name, str) for name in dataset.class_names)
+            assert dataset.train and dataset.test
             for item in dataset.train + dataset.val + dataset.test:
-                assert 0 <= item.label < len(dataset.class_names) and data.load_image(item.source).mode == "RGB"
+                assert 0 <= item.label < len(dataset.class_names)
+                assert data.load_image(item.source).mode == "RGB"
         return bool(loaded)
     finally:
         file.write_bytes(whole)
@@ -358,7 +360,7 @@ def test_the_inventory_answers_any_split_file_in_its_line(tree):
     check()
 
 
-# ------------------------------------------------------------------------------------------ description files
+# -------------------------------------------------------------------------------- description files
 
 @pytest.fixture(scope="module")
 def sentences():
