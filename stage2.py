@@ -321,7 +321,8 @@ def one_stage_step(learner, class_names, args, settings):
     for note in notes:
         print(f"note: {note}", flush=True)
     path = stage1.descriptions_file(args, settings)
-    f_des = stage1.description_features(learner.clip_model, sentences, class_names, path)   # f_T(t_d)
+    # f_T(t_d) of the base classes, frozen.
+    f_des = stage1.description_features(learner.clip_model, sentences, class_names, path)
     return OneStage(prompt, torch.stack([f.mean(0) for f in f_des]), learner, settings)
 
 
