@@ -1345,14 +1345,15 @@ def test_the_readmes_snippet_gives_the_command_lines_numbers(
     q = found["q"]
     assert q.shape == (2, 2) and q.dtype == torch.float32
     assert torch.allclose(q.sum(1), torch.ones(2))
-    (tmp_path / "names.txt").write_text("crimson striped circle\nnavy ribbed oval\n")
+    names = found["run"].class_names                        # those that the README binds
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
     assert run(evaluation, "output/toy/coop-anchoropt/seed1", "--images", "a.jpg", "b.jpg",
                "--classes-from", tmp_path / "names.txt", "--csv", tmp_path / "q.csv") == 0
     with open(tmp_path / "q.csv", newline="") as file:
         rows = {(row["image"], row["class"]): float(row["probability"])
                 for row in csv.DictReader(file)}
     for i, picture in enumerate(("a.jpg", "b.jpg")):
-        for c, name in enumerate(("crimson striped circle", "navy ribbed oval")):
+        for c, name in enumerate(names):
             assert rows[picture, name] == pytest.approx(q[i, c].item(), abs=2e-6)
 
 
