@@ -1,5 +1,7 @@
 """The benchmark compares like with like: its conventional step computes what the project's does."""
 
+import collections
+
 import bench
 import position
 import pytest
@@ -36,13 +38,17 @@ def test_the_projects_step_loses_no_more_in_float32_than_the_conventional_one(ro
         gumbel = -torch.empty(like.shape).exponential_(generator=generator).log()
         return drawn.setdefault(like.shape, gumbel).to(like.dtype)
     monkeypatch.setattr(position, "gumbel_noise", noise)
-    for seed in range(3):
+    # Four draws beside each other: one loss is a single number, which rounds well by luck at times.
+    found = collections.defaultdict(list)
+    for seed in range(4):
         exact = bench.loss_and_gradients(rough_case(row, EXACT, seed), "conventional")
         case = rough_case(row, SINGLE, seed)
         project, conventional = (bench.loss_and_gradients(case, side) for side in bench.STEPS)
         assert project.keys() == conventional.keys() == exact.keys() and drawn
         for name in exact:
-            assert as_exact_as(project[name], conventional[name], exact[name]), name
+            found[name].append((project[name], conventional[name], exact[name]))
+    for name, draws in found.items():
+        assert as_exact_as(*map(torch.stack, zip(*draws))), name
 
 
 def test_both_steps_reach_every_parameter_that_is_learnt():
