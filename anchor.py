@@ -27,8 +27,8 @@ class AnchorPrompt(nn.Module):
         self.tokens = new_tokens(clip_model, n_anchor)
         word = "" if preposition in (None, "none") else preposition
         self.register_buffer("sos", embed(clip_model, [SOS]), persistent=False)
-        of = embed(clip_model, TOKENIZER.encode(word))
-        self.register_buffer("preposition", of, persistent=False)
+        word_tokens = embed(clip_model, TOKENIZER.encode(word))             # [of], or (0, d_t)
+        self.register_buffer("preposition", word_tokens, persistent=False)
         self.class_chunk = class_chunk
         self.set_classes(class_names)
 
@@ -40,7 +40,8 @@ class AnchorPrompt(nn.Module):
         return self
 
     def forward(self):
-        context = torch.cat([self.sos, self.tokens, self.preposition])      # shared by all classes
+        # Eq. 4 up to [of] is shared by all classes; [CLS] . [EOT] are the suffix.
+        context = torch.cat([self.sos, self.tokens, self.preposition])      # (1 + N + 1, d_t)
         features = encode_text(self.clip_model, context, self.suffix, self.eot,
                                class_chunk=self.class_chunk)
         return unit(features)
@@ -50,7 +51,7 @@ class AnchorPrompt(nn.Module):
 def anchor_features(clip_model, class_names, tokens, preposition="of", class_chunk=0):
     """Unit features f_T(t_anc) (C, d) of these classes, for frozen anchor tokens (N, d_t)."""
     prompt = AnchorPrompt(clip_model, class_names, len(tokens), preposition, class_chunk)
-    prompt.tokens.data.copy_(tokens)
+    prompt.tokens.data.copy_(tokens)            # in place of its random start values
     return prompt()
 
 

@@ -64,11 +64,11 @@ def infer(learner, f, x=None, f_anc=None, known=True):
     features of the anchor prompts, or None where there is no anchor: then only normal and final
     come back. known: classes that were learnt on (final = normal) or not (final = ensemble).
     """
-    l_norm = learner(f, x)                                          # q_norm
+    l_norm = learner(f, x)                                          # logits of q_norm
     if f_anc is None:
         return {"normal": l_norm, "final": l_norm}
-    l_anc = learner.logits(f, f_anc)                                # q_anc
-    l_ens = losses.ensemble_logits(l_norm, l_anc)                   # q_ens
+    l_anc = learner.logits(f, f_anc)                                # of q_anc
+    l_ens = losses.ensemble_logits(l_norm, l_anc)                   # of q_ens
     final = l_norm if known else l_ens                              # the rule of Sec. 3.2.2
     return {"anchor": l_anc, "normal": l_norm, "ensemble": l_ens, "final": final}
 
@@ -132,10 +132,10 @@ def test_batches(learner, settings, items, f_anc, args):
 
 def test_batch_size(learner, n, asked):
     """How many of n test images go at a time: all, unless answer or memory depends on it."""
-    W = learner.template.position_matrix
+    matrix = learner.template.position_matrix
     if learner.needs_images:
         return asked or 200
-    if learner.prompts_per_image or (W is not None and W.test_position == "sample"):
+    if learner.prompts_per_image or (matrix is not None and matrix.test_position == "sample"):
         return asked or 100
     return max(n, 1)
 

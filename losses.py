@@ -12,7 +12,8 @@ def anchor_mse(anchor_features, description_features):
     """Eq. 5:  L_theta_a = MSE( f_T(t_anc; theta_a), f_T(t_d) ).
 
     Mean over classes, over each class's descriptions and over the d channels: every class weighs
-    the same, however many descriptions it has.
+    the same, however many descriptions it has. Two classes a and b, with descriptions p, q and r:
+    ((|a - p|^2 + |a - q|^2) / 2 + |b - r|^2) / (2 d).
 
     anchor_features (C, d): unit features of the anchor prompts t_anc, one per class.
     description_features: a list of C tensors (D_c, d), the unit features of each class's
@@ -51,9 +52,9 @@ def cross_entropy(logits, labels):
 
 
 def ensemble_logits(logits_normal, logits_anchor):
-    """q_ens, as Algorithm 1 computes it:  l_ens = (l_anc + l_norm) / 2.
+    """q_ens, as Algorithm 1 computes it:  l_ens = (l_anc + l_norm) / 2, with q = softmax(l).
 
-    (S3.1 writes it with probabilities.) logits_normal, logits_anchor (B, C). Returns (B, C).
+    (S3.1 averages the probabilities.) logits_normal, logits_anchor (B, C). Returns (B, C).
     """
     return (logits_normal + logits_anchor) / 2
 
@@ -61,9 +62,9 @@ def ensemble_logits(logits_normal, logits_anchor):
 def distillation_kl(logits_normal, logits_ensemble, temperature):
     """Eq. 11:  L2 = KL(q_norm, q_ens): the ensemble teaches the normal prompt.
 
-    The teacher q_ens is a constant here (detached). With T = temperature,
-    q_ens = softmax(l_ens / T) and q_norm = softmax(l_norm / T), this is  T^2  times the mean over
-    the B C elements of  q_ens (log q_ens - log q_norm).
+    The teacher q_ens is a constant here (detached). With T = temperature, and both q of this
+    equation softened by it,  softmax(l / T),  this is  T^2  times the mean over the B C elements of
+    q_ens (log q_ens - log q_norm):  what is mostly written KL(q_ens || q_norm), divided by C.
     (The paper leaves direction and scale open. The tuned lambda_1 : lambda_2 belong to this scale.)
 
     logits_normal, logits_ensemble (B, C); temperature > 0. Returns a scalar.

@@ -3,7 +3,8 @@
 W is (K, K) with K = M + N (M soft tokens, N anchor tokens). Row i is a position of the rearranged
 prompt, column j a token of the original sequence [V_1]..[V_M][Anc_1]..[Anc_N]; a 1 at (i, j) puts
 token j at position i. Rows are chosen one by one, so a token may be repeated or dropped (Sec. 4.2).
-W is the hard matrix of Eq. 6; W-hat, its softened form of Eq. 7, serves the gradient alone.
+W is the hard matrix of Eq. 6; W-hat, its softened form of Eq. 7, serves the gradient alone: this is
+Algorithm 1's `hard=True`, where Eq. 9 as printed multiplies by W-hat.
 
 This module needs torch alone (matplotlib only when a picture is drawn): copy it into any codebase.
 """
@@ -49,6 +50,8 @@ class PositionMatrix(nn.Module):
         """
         if not self.training and self.test_position == "argmax":
             return hard_assignment(self.logits.detach())
+        # A draw for each of the K x K entries, anew at each call, as in Eq. 6. (Algorithm 1 shows
+        # the call once, above its loop; the released code draws in every step as well.)
         scores = self.logits + gumbel_noise(self.logits)            # log p_j^i + eps_j
         hard = hard_assignment(scores)                              # Eq. 6
         soft = soft_assignment(scores, self.tau)                    # Eq. 7
@@ -58,13 +61,15 @@ class PositionMatrix(nn.Module):
 def gumbel_noise(like):
     """Independent samples of Gumbel(0, 1), -log(-log U); shape, dtype and device of `like`."""
     exponential = torch.empty_like(like).exponential_()                   # -log U ~ Exp(1)
+    # It can be 0, whose logarithm would make a score infinite.
     return -exponential.clamp_min(torch.finfo(exponential.dtype).tiny).log()
 
 
 def hard_assignment(scores):
     """Eq. 6:  w^i = one_hot( arg max_j (log p_j^i + eps_j) ).
 
-    scores (K, K): log p + eps. Returns (K, K) of 0 and 1 in the dtype of scores.
+    scores (K, K): log p + eps; or log p alone, as in eval mode and in Fig. 4. Returns (K, K) of 0
+    and 1 in the dtype of scores.
     """
     return F.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores.dtype)
 
@@ -78,8 +83,10 @@ def soft_assignment(scores, tau):
 
 
 def rearrange(W, tokens):
-    """Eq. 9 (its first half):  W . t_v, position i gets the token(s) that row i of W chooses.
+    """Eq. 9 (its first half):  W . t_v, position i gets the token that row i of W chooses.
 
+    With M = 2, N = 1 and W = [[0, 1, 0], [0, 0, 1], [0, 1, 0]],  V_1 V_2 Anc -> V_2 Anc V_2.
+    (The paper writes a circled dot; its shapes ask for the matrix product.)
     W (R, K), usually R = K; tokens (..., K, d): t_v of Eq. 8. Returns (..., R, d).
     Raises ValueError when W has another number of columns than there are tokens.
     """
@@ -93,6 +100,7 @@ def fixed_matrix(arrangement, n_soft, n_anchor):
 
     "before": the anchor tokens stand before all soft tokens; "middle": after floor(M / 2) of them.
     ("After class token" is not a matter of W: there the anchor stands behind the class name.)
+    With M = 2 and N = 1, "before" is  Anc V_1 V_2  and "middle" is  V_1 Anc V_2.
     n_soft = M, n_anchor = N. Returns (M + N, M + N) of 0 and 1. Raises ValueError for another name.
     """
     if arrangement not in ("before", "middle"):
@@ -124,7 +132,7 @@ def plot_position_matrix(W, path, n_anchor=1, title=None):
     for axes, (name, matrix) in zip(row, panels.items()):
         matrix = torch.as_tensor(matrix, dtype=torch.float32).detach().cpu()
         rows, columns = matrix.shape
-        axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1.25)
+        axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1.25)    # a 1 stays legible
         for i in range(rows):
             for j in range(columns):
                 axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=8)

@@ -8,8 +8,8 @@ template makes the context; a baseline says what the context depends on (nothing
 layer) and what else is learnt. Only `position.py` is needed beside this file.
 
 Symbols: B images, C classes, d feature width, d_t text-token width, d_v image-token width, M soft
-tokens, N anchor tokens, K = M + N, L context positions with [SOS], S suffix positions, H attention
-heads, d_h the width of a head.
+tokens, N anchor tokens, K = M + N, L context positions with [SOS], S suffix positions, T the suffix
+tokens of all C classes without padding, R image resolution, H attention heads, d_h a head's width.
 """
 
 import copy
@@ -57,7 +57,8 @@ def clip_logits(u, v, scale):
     """Eq. 1:  q(c | x) = softmax_c( u v_c^T / tau ); this returns what stands in the softmax.
 
     u (B, d): unit image features. v (C, d): unit text features, or (B, C, d) where each image has
-    prompts of its own. scale: 1 / tau, CLIP's `logit_scale.exp()`. Returns (B, C).
+    prompts of its own. scale: 1 / tau, CLIP's `logit_scale.exp()`. Returns (B, C). (This tau is
+    CLIP's temperature; the tau of Eq. 7 and the T of Eq. 11 are others.)
     """
     if v.dim() == 2:
         return scale * u @ v.T
@@ -86,7 +87,8 @@ def class_suffix(clip_model, texts, before=1, inside=None):
     inside: tokens (N, d_t) to put between a class name and its full stop (Tab. 8, "after class
         token"), or None.
     Returns suffix (C, S, d_t), padded with zeros to the longest, and eot, the index of [EOT] in
-    each of the C rows, as plain numbers: they shape the computation.
+    each of the C rows. ["ant.", "yin yang."] -> rows  ant . E 0  and  yin yang . E, so S = 4 and
+    eot = (2, 3): plain numbers, since reading a tensor back from a GPU would stall every step.
     Raises ValueError naming the texts that have no tokens, or too many for CLIP's 77.
     """
     names = [TOKENIZER.encode(text.removesuffix(".")) for text in texts]
@@ -95,18 +97,19 @@ def class_suffix(clip_model, texts, before=1, inside=None):
         raise ValueError(f"a text without any token: {', '.join(map(repr, empty))}")
 
     ids = [TOKENIZER.encode(text) for text in texts]
-    length = len(clip_model.positional_embedding)
-    room = length - before - 1                                      # 1: [EOT]
+    max_tokens = len(clip_model.positional_embedding)               # 77
+    room = max_tokens - before - 1                                  # 1: [EOT]
     if inside is not None:
         room -= len(inside)
     too_long = [text for text, own in zip(texts, ids) if len(own) > room]
     if too_long:
-        raise ValueError(f"too long for CLIP's {length} tokens, of which {room} are left for each; "
-                         f"shorten: {', '.join(map(repr, too_long))}")
+        raise ValueError(f"too long for CLIP's {max_tokens} tokens, of which {room} are left for "
+                         f"each; shorten: {', '.join(map(repr, too_long))}")
 
     if inside is None:
         rows = [embed(clip_model, own + [EOT]) for own in ids]
     else:
+        # With N = 1,  yin yang . E  becomes  yin yang Anc . E:  S and every eot grow by N.
         stop = embed(clip_model, TOKENIZER.encode(".") + [EOT])
         rows = [torch.cat([embed(clip_model, own), inside, stop]) for own in names]
     suffix = nn.utils.rnn.pad_sequence(rows, batch_first=True)      # (C, S, d_t)
@@ -125,6 +128,7 @@ def layer_norm(ln, x):
 def queries_keys_values(block, x):
     """What attention works with: x (B, n, width) -> every head's q, k and v (B, 3 H, n, d_h)."""
     x = layer_norm(block.ln_1, x)
+    # in_proj stacks q, k and v: of the 3 H heads the first H are the q, then come the k, the v.
     qkv = F.linear(x, block.attn.in_proj_weight, block.attn.in_proj_bias)       # (B, n, 3 width)
     return qkv.unflatten(-1, (3 * block.attn.num_heads, -1)).transpose(1, 2)
 
@@ -166,23 +170,24 @@ def encode_text(clip_model, context, suffix, eot, deep=None, read_back=0, class_
     Returns (..., C, d), not normalised. Raises ValueError when L + S exceeds CLIP's context length.
     """
     L, S = context.shape[-2], suffix.shape[1]
-    length = len(clip_model.positional_embedding)
-    if L + S > length:
-        raise ValueError(f"a prompt of {L + S} tokens is longer than CLIP's {length}")
+    max_tokens = len(clip_model.positional_embedding)               # 77
+    if L + S > max_tokens:
+        raise ValueError(f"a prompt of {L + S} tokens is longer than CLIP's {max_tokens}")
     contexts = context if context.dim() == 3 else context.unsqueeze(0)          # (B, L, d_t)
     n = _classes_at_once(len(suffix), len(contexts), class_chunk, suffix.device)
     eot = tuple(int(place) for place in eot)
 
     features = []
     for start in range(0, len(suffix), n):
-        own_suffix, own_eot = suffix[start:start + n], eot[start:start + n]
-        part = (clip_model, contexts, own_suffix, own_eot, deep, read_back)
+        chunk = (clip_model, contexts, suffix[start:start + n], eot[start:start + n], deep,
+                 read_back)
         if n < len(suffix) and torch.is_grad_enabled():
-            own_features = checkpoint(_encode_classes, *part, use_reentrant=False,
-                                      preserve_rng_state=False)
+            # The second pass draws nothing: W was sampled before, when the context was made.
+            of_chunk = checkpoint(_encode_classes, *chunk, use_reentrant=False,
+                                  preserve_rng_state=False)
         else:
-            own_features = _encode_classes(*part)
-        features.append(own_features)                                           # (B, n, d)
+            of_chunk = _encode_classes(*chunk)
+        features.append(of_chunk)                                               # (B, n, d)
     features = torch.cat(features, dim=1) if len(features) > 1 else features[0]
     return features.reshape(*context.shape[:-2], len(suffix), -1)
 
@@ -203,49 +208,56 @@ def _encode_classes(clip_model, contexts, suffix, eot, deep, read_back):
     dtype, device = clip_model.dtype, suffix.device
     packed, grid, read = _places(eot, S, L, read_back, device)
     T = len(packed)                                                 # tokens of all C classes
+    # Within a class alone: the L context tokens stand in front of all, and need no mask.
     causal = torch.full((S, S), -torch.inf, dtype=dtype, device=device).triu(1)
-    position = clip_model.positional_embedding.to(dtype)
+    position = clip_model.positional_embedding.to(dtype)            # (77, d_t)
 
-    # One row of tokens for each context: its L, then the T of all classes.
-    # t_norm = concat(W . t_v, [CLS]) of Eq. 9: here [CLS] joins the context.
-    own = suffix.to(dtype) + position[L:L + S]                      # (C, S, d_t)
-    own = own.flatten(0, 1).index_select(0, packed)                 # (T, d_t)
+    # Here [CLS] joins the context: concat(W . t_v, [CLS]) of Eq. 9, and the end of Eqs. 2, 3, 4.
+    # One row of tokens for each context: its L, then the T of all classes. The context has
+    # positions 0..L-1, and every class goes on from L, as if it stood there alone.
+    class_tokens = suffix.to(dtype) + position[L:L + S]             # (C, S, d_t)
+    class_tokens = class_tokens.flatten(0, 1).index_select(0, packed)           # (T, d_t)
     h = contexts.to(dtype) + position[:L]                           # (B, L, d_t)
-    h = torch.cat([h, own.expand(B, -1, -1)], dim=1)                # (B, L + T, d_t)
+    h = torch.cat([h, class_tokens.expand(B, -1, -1)], dim=1)       # (B, L + T, d_t)
 
     blocks = clip_model.transformer.resblocks
     for layer, block in enumerate(blocks):
         if deep is not None:
-            sos, inner, own = h.split([1, L - 1, T], dim=1)
-            h = torch.cat([sos, deep(layer, inner).to(dtype), own], dim=1)
+            # Sec. 3.2.3 changes the context alone; in this block the classes attend to it anew.
+            sos, inner, rest = h.split([1, L - 1, T], dim=1)
+            h = torch.cat([sos, deep(layer, inner).to(dtype), rest], dim=1)
         qkv = queries_keys_values(block, h)                         # (B, 3 H, L + T, d_h)
-        qkv_context, qkv_own = qkv.split([L, T], dim=2)
+        qkv_context, qkv_class = qkv.split([L, T], dim=2)
 
         # The context attends to itself,
         q, k, v = qkv_context.chunk(3, dim=1)                       # (B, H, L, d_h)
         of_context = F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        # and each class to the context, of which nothing is copied, and to its own tokens.
-        qkv_own = qkv_own.index_select(2, grid)                     # (B, 3 H, C S, d_h)
-        q_own, k_own, v_own = qkv_own.chunk(3, dim=1)               # (B, H, C S, d_h)
-        q_own = q_own * q_own.shape[-1] ** -0.5
-        to_context = (q_own @ k.mT).unflatten(2, (C, S))            # (B, H, C, S, L)
-        q_own = q_own.unflatten(2, (C, S))                          # (B, H, C, S, d_h)
-        k_own = k_own.unflatten(2, (C, S))
-        v_own = v_own.unflatten(2, (C, S))
-        to_own = q_own @ k_own.mT + causal                          # (B, H, C, S, S)
-        A = torch.cat([to_context, to_own], dim=-1).softmax(-1)
-        A_context, A_own = A.split([L, S], dim=-1)
-        from_context = A_context.flatten(2, 3) @ v                  # (B, H, C S, d_h)
-        from_own = (A_own @ v_own).flatten(2, 3)                    # (B, H, C S, d_h)
-        of_own = (from_context + from_own).index_select(2, packed)  # (B, H, T, d_h)
+        # and each class to the context, of which nothing is copied, and to its own tokens. The
+        # grid puts the padding back, from T to C S places: one product then does all classes.
+        qkv_class = qkv_class.index_select(2, grid)                 # (B, 3 H, C S, d_h)
+        q_class, k_class, v_class = qkv_class.chunk(3, dim=1)       # (B, H, C S, d_h)
+        q_class = q_class * q_class.shape[-1] ** -0.5               # above, torch's own does it
+        to_context = (q_class @ k.mT).unflatten(2, (C, S))          # (B, H, C, S, L)
+        q_class = q_class.unflatten(2, (C, S))                      # (B, H, C, S, d_h)
+        k_class = k_class.unflatten(2, (C, S))
+        v_class = v_class.unflatten(2, (C, S))
+        to_class = q_class @ k_class.mT + causal                    # (B, H, C, S, S)
 
-        attended = merge_heads(torch.cat([of_context, of_own], dim=2))          # (B, L + T, d_t)
+        # One softmax over L + S keys, as if they stood in one row. Its product with the values is
+        # A v = A_context v_context + A_class v_class: the first of these v is the same for all C.
+        A = torch.cat([to_context, to_class], dim=-1).softmax(-1)   # (B, H, C, S, L + S)
+        A_context, A_class = A.split([L, S], dim=-1)
+        from_context = A_context.flatten(2, 3) @ v                  # (B, H, C S, d_h)
+        from_class = (A_class @ v_class).flatten(2, 3)              # (B, H, C S, d_h)
+        of_class = (from_context + from_class).index_select(2, packed)          # (B, H, T, d_h)
+
+        attended = merge_heads(torch.cat([of_context, of_class], dim=2))        # (B, L + T, d_t)
         if block is blocks[-1]:                 # of the last states only those that are read
             h = h.index_select(1, read)                             # (B, C, d_t)
             attended = attended.index_select(1, read)
         h = after_attention(block, h, attended)
-    return layer_norm(clip_model.ln_final, h) @ clip_model.text_projection
+    return layer_norm(clip_model.ln_final, h) @ clip_model.text_projection      # (B, C, d)
 
 
 @functools.lru_cache(maxsize=256)               # so that a training step copies nothing to the GPU
@@ -261,6 +273,7 @@ def _places(eot, S, L, read_back, device):
     grid (C S,): which of the T tokens stands at each place       0 1 2 2 3 4 5 6
                  (padding repeats the last one: it stands behind [EOT], so nobody attends to it)
     read (C,): where among the L + T each feature is read         5 9
+                 (with read_back = 1 at each ".": 4 8; with 3, ant's in the context: 2 6)
     """
     eot = torch.tensor(eot)
     used = torch.arange(S) <= eot[:, None]                          # (C, S)
@@ -306,17 +319,19 @@ def encode_image(clip_model, images, tokens=()):
 
     patches = visual.conv1(images.to(clip_model.dtype)).flatten(2).transpose(1, 2)  # (B, n, d_v)
     dtype = patches.dtype
-    first = visual.class_embedding.to(dtype).expand(len(patches), 1, -1)
-    x = torch.cat([first, patches], dim=1)                                      # (B, 1 + n, d_v)
+    # CLIP's token for the whole image. (It is no [CLS], which is a class name's tokens here.)
+    whole = visual.class_embedding.to(dtype).expand(len(patches), 1, -1)
+    x = torch.cat([whole, patches], dim=1)                                      # (B, 1 + n, d_v)
     x = x + visual.positional_embedding.to(dtype)
     prompts = [V_l.to(dtype).expand(len(x), -1, -1) for V_l in tokens]          # (B, M, d_v) each
     x = layer_norm(visual.ln_pre, torch.cat([x, *prompts[:1]], dim=1))
     blocks = visual.transformer.resblocks
     for layer, block in enumerate(blocks):
         if 1 <= layer < len(prompts):
+            # MaPLe: the states of the last M tokens go, this layer's Linear_l(V_l) comes in.
             kept = x[:, :x.shape[1] - prompts[layer].shape[1]]
             x = torch.cat([kept, prompts[layer]], dim=1)
-        q, k, v = queries_keys_values(block, x).chunk(3, dim=1)                 # (B, H, n, d_h)
+        q, k, v = queries_keys_values(block, x).chunk(3, dim=1)         # (B, H, 1 + n + M, d_h)
         if block is blocks[-1]:                 # of the last states only the first is read
             q, x = q[:, :, :1], x[:, :1]
         attended = merge_heads(F.scaled_dot_product_attention(q, k, v))
@@ -337,7 +352,7 @@ class PlainTemplate(nn.Module):
     Every template has:
     `soft_tokens` (M, d_t), the V above;
     `length`, how many positions its context has;
-    `position_matrix`, the learnt W or None;
+    `position_matrix`, the `PositionMatrix` that learns W, or None;
     a call, given None or a shift (B, d_t) for the soft tokens (CoCoOp), that returns the context
         (..., length, d_t) and the W that made it, or None;
     `deepen`, the deep variant's rule for what enters a deeper block.
@@ -351,6 +366,7 @@ class PlainTemplate(nn.Module):
         start = embed(clip_model, TOKENIZER.encode(words)).float()
         if n_soft <= len(start):
             self.soft_tokens.data.copy_(start[:n_soft])
+        # "of a" in  [V_1] [V_2] of a [CLS]: not learnt, and not saved, since `words` say it.
         self.register_buffer("rest", start[n_soft:], persistent=False)
         self.length = n_soft + len(self.rest)
 
@@ -366,6 +382,7 @@ class PlainTemplate(nn.Module):
 
     def deepen(self, W, V_l, hidden):
         """MaPLe, Fig. 3a: this layer's V_l (M, d_t) replaces the states of the soft tokens."""
+        # The first M states go; those of `rest`, behind them, stay.
         kept = hidden[..., len(V_l):, :]
         return torch.cat([V_l.expand(*kept.shape[:-2], -1, -1), kept], dim=-2)
 
@@ -373,7 +390,8 @@ class PlainTemplate(nn.Module):
 class AttributeTemplate(PlainTemplate):
     """Eq. 3:  t_attr = [V_a1] ... [V_am] [Anc^e] [V_1] ... [V_M] [CLS].  (ATPrompt.)
 
-    attributes: 1 to 3 words. Each (all of its tokens) stands behind m = M soft tokens of its own.
+    attributes: 1 to 3 words. Each (all of its tokens) stands behind m = M soft tokens of its own:
+        M = 2 and ["color", "shape"] give  V_a V_a color  V_b V_b shape  V_1 V_2,  8 positions.
     Raises ValueError for no attribute, or one without tokens.
     """
 
@@ -381,6 +399,7 @@ class AttributeTemplate(PlainTemplate):
         super().__init__(clip_model, n_soft)
         if not attributes or not all(TOKENIZER.encode(word) for word in attributes):
             raise ValueError(f"attributes {attributes}: each must have tokens, as shape has")
+        # ATPrompt starts these at a standard deviation of 0.01, and the others at 0.02.
         self.attribute_soft_tokens = nn.ParameterList(new_tokens(clip_model, n_soft, 0.01)
                                                       for _ in attributes)
         for i, word in enumerate(attributes):
@@ -398,6 +417,7 @@ class AttributeTemplate(PlainTemplate):
 
     def deepen(self, W, V_l, hidden):
         """ATPrompt, Fig. 3b: V_l replaces the states of the V; all others stay."""
+        # V stands last (Eq. 3): of all states but the last M each is kept.
         kept = hidden[..., :self.length - len(V_l), :]
         return torch.cat([kept, V_l.expand(*kept.shape[:-2], -1, -1)], dim=-2)
 
@@ -415,34 +435,40 @@ class AnchorTemplate(PlainTemplate):
                  test_position="argmax"):
         super().__init__(clip_model, n_soft)
         n_anchor, device = len(anchor_tokens), self.soft_tokens.device
+        # Saved with the prompt, unlike a fixed W: evaluation builds t_anc from it.
         anchor_tokens = anchor_tokens.detach().to(device, torch.float32).clone()
         self.register_buffer("anchor_tokens", anchor_tokens)
         self.anchor_in_suffix = arrangement == "after-class"
         self.length = n_soft if self.anchor_in_suffix else n_soft + n_anchor
         if arrangement == "adaptive":                               # theta_pos
-            W = PositionMatrix(n_soft + n_anchor, tau, test_position)
-            self.position_matrix = W.to(device)
-            return
-        if self.anchor_in_suffix:
-            W = torch.eye(n_soft, n_soft + n_anchor)                # no row takes an anchor
+            matrix = PositionMatrix(n_soft + n_anchor, tau, test_position)
+            self.position_matrix = matrix.to(device)
         else:
-            W = fixed_matrix(arrangement, n_soft, n_anchor)
-        self.register_buffer("fixed_W", W.to(device), persistent=False)
+            W = torch.eye(n_soft, n_soft + n_anchor)                # no row takes an anchor
+            if not self.anchor_in_suffix:
+                W = fixed_matrix(arrangement, n_soft, n_anchor)
+            self.register_buffer("fixed_W", W.to(device), persistent=False)
 
     def forward(self, shift=None):
+        # W first: a sample of Eq. 6. With M = 2 and N = 1, rows that choose the columns 2, 3, 2
+        # make  V_2 Anc V_2  of  t_v = V_1 V_2 Anc.
         W = self.fixed_W if self.position_matrix is None else self.position_matrix()
         V = self.shifted(shift)                                     # the anchor is not shifted
         anchor = self.anchor_tokens.expand(*V.shape[:-2], -1, -1)
         t_v = torch.cat([V, anchor], dim=-2)                        # Eq. 8: (..., K, d_t)
-        return rearrange(W, t_v), W                                 # Eq. 9: (..., length, d_t)
+        # Eq. 9 but for its [CLS], which joins in `_encode_classes`: (..., length, d_t)
+        return rearrange(W, t_v), W
 
     def deepen(self, W, V_l, hidden):
         """Sec. 3.2.3, Fig. 3c: V_l replaces the soft tokens' states, anchors keep theirs.
 
         Both stand where W put them: row i of W holds its 1 among the first M columns (a soft
         token: V_l comes in) or among the last N (an anchor: the state at position i stays).
+        In the example above, V_2 Anc V_2 with the states h_1 h_2 h_3 becomes V_l2 h_2 V_l2.
         hidden (..., length, d_t); returns the same shape.
         """
+        # W is straight-through, so theta_pos learns from every layer. (The released code takes
+        # W . [V_l; the anchor's state]: the same value, another gradient.)
         W, M = W.to(hidden.dtype), len(V_l)
         soft = W[:, :M] @ V_l.to(hidden.dtype)                      # (length, d_t)
         is_anchor = W[:, M:].sum(1, keepdim=True)                   # (length, 1)
@@ -475,6 +501,7 @@ class CoOp(nn.Module):
 
     def set_classes(self, class_names):
         """Binds the learnt prompt to these C classes."""
+        # An anchor that stands behind the name is copied: who moves it must call this again.
         inside = self.template.anchor_tokens if self.template.anchor_in_suffix else None
         texts = [name + "." for name in class_names]
         before = 1 + self.template.length
@@ -491,7 +518,7 @@ class CoOp(nn.Module):
 
     def text_features(self, f_img=None):
         """f_T(t_norm), not normalised: (C, d), or (B, C, d) with `prompts_per_image`."""
-        context, W = self.template()
+        context, W = self.template()            # one call, one sample of W
         return self.encode_context(context)
 
     def image_features(self, f, images=None):
@@ -499,7 +526,7 @@ class CoOp(nn.Module):
         return f
 
     def logits(self, f_img, f_text):
-        """Eq. 1 for features of any length: (B, C)."""
+        """Eq. 1's logits, of features that need not be unit: (B, C)."""
         return clip_logits(unit(f_img), unit(f_text), self.clip_model.logit_scale.exp())
 
     def own_loss(self, ce, f_img, f_norm, labels):
@@ -528,6 +555,7 @@ class CoCoOp(CoOp):
 
     def text_features(self, f_img):
         u = unit(f_img).to(self.meta_net[0].weight.dtype)
+        # Shift first, then W: a token that W repeats is shifted alike in each place.
         context, W = self.template(self.meta_net(u))                # shift (B, d_t)
         return self.encode_context(context)                         # (B, C, d)
 
@@ -547,6 +575,7 @@ class MaPLe(CoOp):
         super().__init__(clip_model, class_names, template, **options)
         d_v = clip_model.visual.conv1.weight.shape[0]
         M, d_t = template.soft_tokens.shape
+        # As in MaPLe's code: Linear_0 starts by itself, the deeper ones as copies of one another.
         first, deeper = nn.Linear(d_t, d_v), nn.Linear(d_t, d_v)
         linears = [first] + [copy.deepcopy(deeper) for _ in range(depth - 1)]
         self.to_visual = nn.ModuleList(linears).to(self.sos.device)
@@ -556,6 +585,7 @@ class MaPLe(CoOp):
         context, W = self.template()                # one sample of W for all layers
 
         def deep(layer, hidden):
+            # Block 0 has V_0 in its context; from block `depth` on nothing comes in.
             if 1 <= layer <= len(self.deep_tokens):
                 V_l = self.deep_tokens[layer - 1].to(hidden.dtype)
                 return self.template.deepen(W, V_l, hidden)
@@ -563,6 +593,7 @@ class MaPLe(CoOp):
         return self.encode_context(context, deep)
 
     def image_features(self, f, images=None):
+        # V_0 before W (S2.2.4): W may drop a token, and the image side would lose it.
         V = [self.template.soft_tokens, *self.deep_tokens]
         visual_tokens = [linear(V_l) for linear, V_l in zip(self.to_visual, V)]     # (M, d_v) each
         return encode_image(self.clip_model, images, visual_tokens)
@@ -605,6 +636,7 @@ class DePT(CoOp):
 
     def own_loss(self, ce, f_img, f_norm, labels):
         """(1 - w_cat) CE_itm + w_cat CE_cat; CE_cat is over B texts (the labels') and B images."""
+        # Each image's label picks the text of its class, so both halves have B rows.
         of_texts = self.head_of_texts(f_norm[labels])               # (B, C_base)
         of_images = self.head_of_images(f_img)                      # (B, C_base)
         ce_cat = F.cross_entropy(torch.cat([of_texts, of_images]), torch.cat([labels, labels]))
@@ -612,6 +644,7 @@ class DePT(CoOp):
 
     def forward(self, f, images=None):
         """Base classes: (1 - w_cat) ITM logits + w_cat head logits. Other classes: ITM logits."""
+        # For inference alone: training has the ITM head's logits, and `own_loss` for the other.
         itm = super().forward(f, images)
         if self.class_names != self.base_class_names:
             return itm
@@ -624,7 +657,7 @@ class ZeroShot(CoOp):
     def __init__(self, clip_model, class_names, prompt="a photo of a {}."):
         nn.Module.__init__(self)
         object.__setattr__(self, "clip_model", clip_model)
-        self.template = PlainTemplate(clip_model, 0)
+        self.template = PlainTemplate(clip_model, 0)            # M = 0: what others ask a template
         self.prompt = prompt
         self.base_class_names = list(class_names)
         self.set_classes(class_names)
@@ -700,7 +733,8 @@ def load_clip(name_or_path, device="cpu", dtype=None, activation=None, vision_he
     name_or_path: "toy" (the small CLIP under assets/), a name of `clip.available_models()`, or the
         path of a checkpoint: one of OpenAI's own files, or a state dict (torch.save or safetensors;
         bare or wrapped; with the keys of OpenAI, OpenCLIP or HuggingFace's CLIPModel).
-    dtype: of its large matrices, default float16 on CUDA and float32 elsewhere (CLIP's own rule).
+    dtype: of its weights, default float16 on CUDA and float32 elsewhere. In half precision CLIP's
+        own rule leaves LayerNorms and embeddings in float32.
     activation: "quickgelu" (OpenAI's, default) or "gelu" (most of OpenCLIP's). vision_heads,
         text_heads: attention heads of each tower, default one for 64 channels. None of these stands
         in a state dict, so they can be told.
@@ -773,7 +807,7 @@ def read_as_data(path, device="cpu"):
 
 
 def _set_precision(model, dtype):
-    """CLIP's own rule says which parameters may be in half precision: those get `dtype`."""
+    """All parameters get `dtype`; half precision only those that may have it by CLIP's own rule."""
     exact = {name: parameter.data for name, parameter in model.named_parameters()}
     clip.model.convert_weights(model)                               # rounds them to float16
     for name, parameter in model.named_parameters():

@@ -5,8 +5,8 @@
 
 Learns the anchor tokens [Anc_1]..[Anc_N] of "{Anc} of {Class}" from class descriptions alone: no
 image is read. Every step takes all base classes at once, against the mean of each class's
-description features, which is Eq. 5 exactly (losses.anchor_mse). Descriptions of novel classes
-never reach the anchor. stage2.py runs this by itself where the anchor is missing.
+description features: Eq. 5 up to a constant, so with its gradient (losses.anchor_mse). Descriptions
+of novel classes never reach the anchor. stage2.py runs this by itself where the anchor is missing.
 
 Below Stage I stands what every run shares: the loop over epochs, settings, folders, options.
 """
@@ -55,11 +55,11 @@ def learn_anchor(prompt, targets, epochs, weight):
     # stage 1: anchor optimization. A step takes the descriptions of all classes at once.
     for _ in epochs:
         for _ in range(epochs.steps):
-            f_anc = prompt()                                    # f_T(t_anc; theta_a), Eq. 4: (C, d)
-            loss = weight * losses.anchor_mse(f_anc, targets)   # Eq. 5, against f_T(t_d)
+            f_anc = prompt()                        # f_T(t_anc; theta_a), Eq. 4: unit (C, d)
+            loss = weight * losses.anchor_mse(f_anc, targets)       # Eq. 5, against f_T(t_d)
             optimizer.zero_grad()
             scaled_backward(loss, prompt.tokens)
-            optimizer.step()                                    # theta_a moves
+            optimizer.step()                                        # theta_a moves
             epochs.step(loss=loss)
 
 

@@ -51,20 +51,22 @@ def adapt(learner, optimizer, batches, settings, f_anc=None, anchor_step=None):
         if anchor_step is not None:
             anchor_step()                                   # theta_a, by Eq. 5 (one stage alone)
 
-        # The normal prompt's answer. One sample of W for all classes, images and layers.
+        # The normal prompt's answer. Its W is drawn in the template's call, anew in every step: one
+        # sample for all classes, images and layers (Algorithm 1 shows the call above its loop).
         f_img = learner.image_features(f, x)                # f_I(x): f itself, but for MaPLe
-        f_norm = learner.text_features(f_img)               # f_T(t_norm), Eqs. 8-9
-        l_norm = learner.logits(f_img, f_norm)              # q_norm, Eq. 1: (B, C)
+        f_norm = learner.text_features(f_img)               # f_T(t_norm), Eqs. 6-9 (or 2, or 3)
+        l_norm = learner.logits(f_img, f_norm)              # logits of q_norm, Eq. 1: (B, C)
         ce = losses.cross_entropy(l_norm, y)                # Eq. 10
         ce = learner.own_loss(ce, f_img, f_norm, y)         # DePT adds its base-class head
 
         # The ensemble with the anchor prompt teaches it.
         kl = torch.zeros_like(ce)
         if f_anc is not None:
-            l_anc = learner.logits(f, f_anc)                # q_anc, Eq. 1: (B, C)
-            l_ens = losses.ensemble_logits(l_norm, l_anc)   # q_ens
+            # Anchor prompts meet CLIP as it is: f, also where MaPLe prompts the image tower.
+            l_anc = learner.logits(f, f_anc)                # logits of q_anc, Eq. 1: (B, C)
+            l_ens = losses.ensemble_logits(l_norm, l_anc)   # those of q_ens
             kl = losses.distillation_kl(l_norm, l_ens, settings["temperature"])     # Eq. 11
-        loss = losses.total_loss(ce, kl, lambda_1, lambda_2)                        # Eq. 12
+        loss = losses.total_loss(ce, kl, lambda_1, lambda_2)    # Eq. 12 (Algorithm 1: alpha, beta)
 
         optimizer.zero_grad()
         loss.backward()
@@ -84,7 +86,7 @@ def train(learner, epochs, features, labels, settings, seed, f_anc=None, anchor_
     used = min(n, epochs.steps * batch_size)            # the last partial batch is dropped
     learner.train()
     for epoch in epochs:
-        f, crops = features[epoch]                      # f_I(x) of this epoch's crops: (n, d)
+        f, crops = features[epoch]      # the frozen f_I runs here, on this epoch's crops: (n, d)
         torch.manual_seed(1_000_003 * seed + epoch)     # this epoch's order and Gumbel noise
         order = torch.randperm(n)[:used]
         batches = batches_of(order, batch_size, f, crops, labels)
@@ -100,14 +102,14 @@ def batches_of(order, batch_size, f, crops, labels):
     on the CPU: a batch of them goes over as bytes.
     """
     device = labels.device
-    there = order.to(device)
-    for here, batch in zip(order.split(batch_size), there.split(batch_size)):
+    order_there = order.to(device)
+    for batch, there in zip(order.split(batch_size), order_there.split(batch_size)):
         f_batch = x = None
         if f is not None:
-            f_batch = f[batch]
+            f_batch = f[there]
         if crops is not None:
-            x = data.normalize(crops[here].to(device, non_blocking=True))
-        yield f_batch, x, labels[batch]
+            x = data.normalize(crops[batch].to(device, non_blocking=True))
+        yield f_batch, x, labels[there]
 
 
 class OneStage:
@@ -339,10 +341,10 @@ def harmonic_means(base, novel):
 
 def learnt_W(learner):
     """The learnt W without noise, as rows of 0 and 1; None where no W is learnt."""
-    W = learner.template.position_matrix
-    if W is None:
+    matrix = learner.template.position_matrix
+    if matrix is None:
         return None
-    return hard_assignment(W.logits.detach()).int().tolist()
+    return hard_assignment(matrix.logits.detach()).int().tolist()
 
 
 def save_prompt(folder, learner, base_names, settings, seed):

@@ -16,6 +16,8 @@ import make_toy
 import prompts
 from reference import TOKENIZER
 
+pytestmark = pytest.mark.xdist_group("toy")        # one process learns the fixtures' anchor
+
 
 @pytest.fixture(scope="module")
 def dataset():
