@@ -723,45 +723,23 @@ def near(here, part, rest, loose):
     do. A class's folder must only differ in case and the like: its neighbour has files of the same
     names.
     """
-    move = in_another_case(here, part, rest) or one_deeper(here, part, rest)
-    if move is None and loose and rest:
-        move = in_another_folder(here, part, rest) or one_higher(here, part, rest)
-    return move
-
-
-def in_another_case(here, part, rest):
-    """Images/ for images/, x.JPG for x.jpg."""
-    for other in sorted(os.listdir(here)):
-        found = os.path.join(here, other)
-        if other == part or not same_but_case(other, part, rest):
-            continue
-        if os.path.exists(os.path.join(found, *rest)):
-            return rename(found, os.path.join(here, part), rest)
-    return None
-
-
-def one_deeper(here, part, rest):
-    for other in subfolders(here):
-        found = os.path.join(here, other)
-        if other != part and os.path.exists(os.path.join(found, part, *rest)):
-            return f"it is one folder deeper: move what is in {found} up into {here}"
-    return None
-
-
-def in_another_folder(here, part, rest):
-    for other in subfolders(here):
-        found = os.path.join(here, other)
-        if other != part and os.path.exists(os.path.join(found, *rest)):
-            return rename(found, os.path.join(here, part), rest)
-    return None
-
-
-def one_higher(here, part, rest):
-    if not os.path.exists(os.path.join(here, *rest)):
-        return None
-    found = os.path.join(here, rest[0])
     wanted = os.path.join(here, part)
-    return f"it is one folder higher: move {found}, and what belongs beside it, into {wanted}"
+    others = [name for name in sorted(os.listdir(here)) if name != part]
+    alike = [name for name in others if same_but_case(name, part, rest)]
+    if loose and rest:
+        alike += [name for name in others if name not in alike]
+    for other in alike:                         # Images/ for images/, x.JPG for x.jpg
+        found = os.path.join(here, other)
+        if os.path.exists(os.path.join(found, *rest)):
+            return rename(found, wanted, rest)
+    for other in others:                        # cars_train/cars_train/
+        found = os.path.join(here, other)
+        if os.path.exists(os.path.join(found, part, *rest)):
+            return f"it is one folder deeper: move what is in {found} up into {here}"
+    if loose and rest and os.path.exists(os.path.join(here, *rest)):
+        found = os.path.join(here, rest[0])
+        return f"it is one folder higher: move {found}, and what belongs beside it, into {wanted}"
+    return None
 
 
 def same_but_case(name, other, rest):
@@ -913,7 +891,7 @@ def load_descriptions(path, class_names, max_descriptions=10, aliases=None, note
     chosen, by_words = match_keys(class_names, found, given, path)
     missing = [name for name in dict.fromkeys(class_names) if name not in chosen]
     if missing:
-        raise unmatched(path, missing, class_names, given, Closest(found), write_aliases)
+        raise unmatched(path, missing, class_names, given, found, write_aliases)
 
     sentences, skipped = {}, 0
     for key in dict.fromkeys(chosen.values()):
@@ -927,18 +905,21 @@ def load_descriptions(path, class_names, max_descriptions=10, aliases=None, note
     return [sentences[chosen[name]][:max_descriptions] for name in class_names]
 
 
-def unmatched(path, missing, class_names, given, closest, write_aliases):
+def unmatched(path, missing, class_names, given, keys, write_aliases):
     """The error for classes without a key: the first ten, how many more, and what to do."""
-    listed = "; ".join(name + closest.told(name) for name in missing[:10])
+    listed = []
+    for name in missing[:10]:
+        near = closest(name, keys)
+        listed.append(f"{name} (closest: {', '.join(near)})" if near else name)
     if len(missing) > 10:
-        listed += f"; and {len(missing) - 10} more"
+        listed.append(f"and {len(missing) - 10} more")
     todo = None
     if write_aliases:
-        todo = aliases_to_fill(path, missing, given, closest)
+        todo = aliases_to_fill(path, missing, given, keys)
     if todo is None:
         todo = "add them, or give --aliases FILE with {class: key of the description file}"
     return ValueError(f"{path}: no description of {len(missing)} of {len(class_names)} classes: "
-                      f"{listed}; {todo}")
+                      f"{'; '.join(listed)}; {todo}")
 
 
 def sentences_of(value, key, path):
@@ -988,8 +969,9 @@ def match_keys(class_names, found, aliases, path):
         if key is not None:
             chosen[name] = key
     by_name = len(chosen)
-    for form in (words, joined_words):
-        chosen |= match_form(form, class_names, keys, chosen)
+    if by_name < len(set(class_names)):
+        for form in (words, joined_words):
+            chosen |= match_form(form, class_names, keys, chosen)
     return chosen, len(chosen) - by_name
 
 
@@ -1030,45 +1012,35 @@ def read_aliases(aliases):
     return {plain(class_name): key for class_name, key in aliases.items() if key.strip()}
 
 
-class Closest:
-    """Keys of a description file that resemble a class name, by shared words or by spelling."""
+def closest(name, keys, cutoff=0.6):
+    """Up to two keys that resemble a class name: by more than half of its words, or by spelling.
 
-    def __init__(self, found):
-        self.keys = {plain(key): key for key in found}
-        self.words = {key: set(words(key)) for key in self.keys}
-        self.spellings = 50                                 # to look for: each takes a while
-
-    def __call__(self, name, cutoff=0.6):
-        """Up to two keys. cutoff: how much alike a spelling must be, up to 1 for the same."""
-        own = set(words(name))
-        near = [key for key in self.keys if len(own & self.words[key]) > len(own) / 2]
-        if len(near) < 2 and self.spellings:
-            self.spellings -= 1
-            near += difflib.get_close_matches(plain(name), self.keys, n=2, cutoff=cutoff)
-        return [self.keys[key] for key in list(dict.fromkeys(near))[:2]]
-
-    def told(self, name):
-        """The same as text: " (closest: a, b)"."""
-        near = self(name)
-        if not near:
-            return ""
-        return f" (closest: {', '.join(near)})"
+    cutoff: how much alike a spelling must be, up to 1 for the same; None: by words alone, which is
+    quick.
+    """
+    own = set(words(name))
+    near = [key for key in keys if len(own & set(words(key))) > len(own) / 2]
+    if len(near) < 2 and cutoff is not None:
+        spelt = {plain(key): key for key in keys}
+        near += [spelt[key] for key in difflib.get_close_matches(plain(name), spelt, 2, cutoff)]
+    return list(dict.fromkeys(near))[:2]
 
 
-def aliases_to_fill(path, missing, given, closest):
+def aliases_to_fill(path, missing, given, keys):
     """Writes aliases-<description file's name>.json to the current directory, for a user to fill.
 
-    missing: class names, which get the closest key or "". given: the aliases of this run, which
-    go in as well. A file that is there already stays as it is. Returns what to do, as text; None
-    where nothing can be written here.
+    missing: class names, which get the closest of the keys or "". given: the aliases of this run,
+    which go in as well. A file that is there already stays as it is. Returns what to do, as text;
+    None where nothing can be written here.
     """
     file = pathlib.Path(f"aliases-{pathlib.Path(path).stem}.json")
     if file.exists():
         return (f"fill {file}, which is there already (class -> key of the description file; "
                 f"remove it to have it written anew), and give --aliases {file}")
     content = dict(given)
-    for name in missing:
-        near = closest(name, cutoff=0.8)                    # accordion is no scorpion
+    for i, name in enumerate(missing):
+        cutoff = 0.8 if i < 50 else None                    # accordion is no scorpion
+        near = closest(name, keys, cutoff)
         content[name] = near[0] if near else ""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     try:
@@ -1174,18 +1146,11 @@ class Images(torch.utils.data.Dataset):
             return self.transform(image), label
 
 
-class EpochBatches:
+def epoch_batches(n, epochs, batch_size):
     """The batches of a run, in item order: lists of (epoch, i). No batch spans two epochs."""
-
-    def __init__(self, n, epochs, batch_size):
-        self.n = n
-        self.epochs = epochs
-        self.batch_size = batch_size
-
-    def __iter__(self):
-        for epoch in self.epochs:
-            for start in range(0, self.n, self.batch_size):
-                yield [(epoch, i) for i in range(start, min(start + self.batch_size, self.n))]
+    for epoch in epochs:
+        for start in range(0, n, batch_size):
+            yield [(epoch, i) for i in range(start, min(start + batch_size, n))]
 
 
 ENCODE_BATCH = 256                  # images that go through the frozen image tower at a time
@@ -1195,10 +1160,10 @@ def loader(images, epochs=(0,), batch_size=ENCODE_BATCH, workers=0):
     """Batches of crops (B, 3, R, R) uint8 and labels (B,), in item order, an epoch after the other.
 
     One DataLoader, and so one set of worker processes, for the whole run: it reads on into the
-    next epoch while the steps of this one run.
+    next epoch while the steps of this one run. To go through once.
     """
     return torch.utils.data.DataLoader(
-        images, batch_sampler=EpochBatches(len(images), epochs, batch_size), num_workers=workers,
+        images, batch_sampler=epoch_batches(len(images), epochs, batch_size), num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())                        # leaves the global one alone
 
@@ -1490,11 +1455,14 @@ def parse(argv):
         help="folder that holds the datasets (default: the environment's DATA, else ./data)")
     command = parser.add_subparsers(dest="command").add_parser(
         "describe", help="make a description file",
-        description="Make a description file with an OpenAI-compatible server.")
+        description="Make a description file with an OpenAI-compatible server; its key comes from "
+                    "the environment's OPENAI_API_KEY.")
     command.add_argument(
         "--dataset", required=True, metavar="NAME",
         help="whose classes to describe; or the folder of a dataset of your own")
-    command.add_argument("--root", default=argparse.SUPPRESS, help="as above")
+    command.add_argument(
+        "--root", default=argparse.SUPPRESS,
+        help="folder that holds the datasets (default: the environment's DATA, else ./data)")
     command.add_argument("--model", required=True, help="the server's name of the model")
     command.add_argument(
         "--base-url", default=os.environ.get("OPENAI_BASE_URL"),
@@ -1502,10 +1470,11 @@ def parse(argv):
              "OpenAI)")
     command.add_argument(
         "--output",
-        help="file to write or resume (default: assets/descriptions/DATASET.json; of a dataset of "
-             "your own: descriptions-NAME.json)")
+        help="file to write, or to complete: classes that it has are kept (default: "
+             "assets/descriptions/DATASET.json; of a dataset of your own: descriptions-NAME.json)")
     command.add_argument(
-        "--per-class", type=int, default=10, help="sentences a class (default: 10)")
+        "--per-class", type=int, default=10,
+        help="sentences for each class that the file has not yet (default: 10)")
     return parser.parse_args(argv)
 
 

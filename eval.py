@@ -329,7 +329,7 @@ def classify_pictures(args):
 
     q, rows = classifier.probabilities(pictures, args.test_batch or 100, args.workers), []
     for picture, of_picture in zip(pictures, q):
-        best = of_picture.topk(min(args.top, len(of_picture)))
+        best = of_picture.topk(min(args.top or 5, len(of_picture)))
         named = [(classifier.class_names[i], p)
                  for i, p in zip(best.indices.tolist(), best.values.tolist())]
         print(f"{picture}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in named))
@@ -1085,7 +1085,8 @@ def parse(argv):
     parser = stage1.Parser(description=__doc__,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", metavar="RUN",
-                        help="a run's folder or its prompt.pt; or a folder of many, as output/")
+                        help="a run's folder, or a folder of many, as output/; with --dataset, "
+                             "--images and --save-text-features also a prompt.pt")
     group = parser.add_argument_group("what to do (default: list all runs found)")
     what = group.add_mutually_exclusive_group()
     what.add_argument("--summary", choices=READINGS,
@@ -1094,14 +1095,18 @@ def parse(argv):
                       help="collect the runs into this table of the paper, beside its figures")
     what.add_argument("--figure", choices=["4"], help="draw the learnt position matrices")
     what.add_argument("--dataset", nargs="+", metavar="NAME",
-                      help="evaluate the learnt prompts on all classes of these datasets")
+                      help="evaluate the learnt prompts on all classes of these datasets, named as "
+                           "for stage2.py; writes eval-NAME.json into each run")
     what.add_argument("--images", nargs="+", metavar="PATH",
-                      help="say what is on these pictures, or on those in a folder")
+                      help="one RUN: name the likeliest classes of these pictures, or of those in "
+                           "a folder")
     what.add_argument("--save-text-features", metavar="FILE.npz",
-                      help="write class_names, normal, anchor: unit text features (C, d), float32")
+                      help="one RUN, not of cocoop: write class_names and the prompts' unit text "
+                           "features, normal and anchor (C, d), float32")
     group = parser.add_argument_group("tables and figures")
     group.add_argument("--on", metavar="NAME",
-                       help="with --table: its runs on this dataset instead (default: the paper's)")
+                       help="with --table 1, 3 and 5 to S3: its runs on this dataset instead, one "
+                            "of the eleven or toy (default: the paper's)")
     group.add_argument("--csv", nargs="?", const="-", metavar="FILE",
                        help="with --table or --images: write it to FILE as CSV too; --table "
                             "without FILE: CSV alone, to stdout")
@@ -1109,16 +1114,17 @@ def parse(argv):
                        help="with --figure: the picture to write (default: figure4.png)")
     group = parser.add_argument_group("pictures, text features")
     group.add_argument("--classes-from", metavar="FILE",
-                       help="a text file of any class names, one a line (default: the classes that "
-                            "the run learnt on)")
-    group.add_argument("--top", type=stage1.at_least(1), default=5, metavar="K",
-                       help="with --images: name the K likeliest classes of each (default: 5)")
+                       help="a text file of any class names, one a line, words parted by spaces "
+                            "(default: the classes that the run learnt on)")
+    group.add_argument("--top", type=stage1.at_least(1), metavar="K",
+                       help="with --images: how many classes of each picture (default: 5)")
     group = parser.add_argument_group(
         "with --dataset, --images, --save-text-features",
         "A run's own settings say which CLIP it needs; give --clip only where that is a file.")
-    group.add_argument("--root", help="folder that holds the datasets (default: the environment's "
-                                      "DATA, else ./data)")
-    stage1.add_clip_options(group)
+    group.add_argument("--root", metavar="DIR",
+                       help="with --dataset: folder that holds the datasets (default: the "
+                            "environment's DATA, else ./data)")
+    stage1.add_clip_options(group, "the run's own, where that has a name", "the run's own, else ")
     stage1.add_image_options(group)
     group.add_argument("--overwrite", action="store_true",
                        help="with --dataset: evaluate again what is finished (default: skip it)")
@@ -1131,7 +1137,9 @@ def parse(argv):
 
 # Options that only mean something beside another one.
 GOES_WITH = {"on": ("table",), "csv": ("table", "images"), "output": ("figure",),
-             "classes_from": ("images", "save_text_features"), "overwrite": ("dataset",)}
+             "classes_from": ("images", "save_text_features"), "overwrite": ("dataset",),
+             "top": ("images",), "root": ("dataset",), "feature_cache": ("dataset",),
+             "test_batch": ("dataset", "images")}
 
 
 def check_options(parser, args):

@@ -32,8 +32,8 @@ import losses
 
 try:
     from anchor import AnchorPrompt, load_anchor, nearest_words, save_anchor
-    from prompts import (check_width, clip_identity, encode_sentences, load_clip, read_as_data,
-                         unit)
+    from prompts import (check_width, clip, clip_identity, encode_sentences, load_clip,
+                         read_as_data, unit)
 except ImportError as error:
     # clip is missing, or its pkg_resources is: every script imports this module first.
     script = os.path.basename(sys.argv[0])
@@ -437,7 +437,7 @@ def default_settings(dataset, baseline, template, classes=None, one_stage=False)
         settings["clip"] = "toy"
     if baseline == "clip":
         prompt = data.DATASETS[dataset].prompt if dataset in data.DATASETS else data.PHOTO
-        return settings | {"template": "plain", "prompt": prompt, "epochs": 0}
+        return settings | {"template": "plain", "prompt": prompt}
 
     # The rows of the table that are for this cell, each over those above it.
     for row in settings_rows():
@@ -488,6 +488,19 @@ def shared_settings(settings, one_stage):
             common = collections.Counter(values).most_common(1)[0][0]
             shared[key] = next(other[key] for other in others if repr(other.get(key)) == common)
     return shared
+
+
+def note_on_own(settings):
+    """Says which settings of a dataset of one's own are those that most of the eleven share."""
+    cell = settings["baseline"], settings["template"]
+    shared = set()
+    for row in settings_rows():
+        if row["dataset"] in ELEVEN and (row["baseline"], row["template"]) == cell:
+            shared |= row_settings(row).keys() & settings.keys()
+    if shared:
+        values = ", ".join(f"{key} {settings[key]}" for key in sorted(shared))
+        print(f"note: {settings['dataset']} has no row in assets/settings.csv; as most of the "
+              f"eleven datasets have it, or as given: {values}", flush=True)
 
 
 VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
@@ -679,6 +692,14 @@ def positive(text):
     return value
 
 
+def fraction(text):
+    """An argparse type: numbers from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return value
+
+
 def not_negative(text):
     """An argparse type: finite numbers from 0 on."""
     value = float(text)
@@ -688,80 +709,86 @@ def not_negative(text):
 
 
 # The options of all scripts. None stands for "not given": the default is the dataset's row.
+OF_THE_ROW = "(default: the cell's value in assets/settings.csv)"
 
 def add_data_options(parser):
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", default="toy", metavar="NAME",
-                       help=f"one of {', '.join(data.DATASETS)}; or the folder of a dataset of "
-                            "your own (default: toy)")
+                       help=f"one of {', '.join(ELEVEN)}, toy; the folder of a dataset of your "
+                            f"own; or, to test on alone, {', '.join(VARIANTS)} (default: toy)")
     group.add_argument("--root", metavar="DIR",
                        help="folder that holds the datasets (default: the environment's DATA, "
                             "else ./data)")
     group.add_argument("--shots", type=at_least(1), metavar="K",
-                       help="training images a class (default: 16)")
+                       help="training images a class; Stage I has K x classes / 32 steps an epoch "
+                            "(default: 16)")
     group.add_argument("--classes", choices=("base", "all"),
-                       help="classes to learn on (default: base)")
+                       help="learn on the first half of the classes, the others being novel; or on "
+                            "all (default: base)")
     group.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], metavar="K",
-                       help="one run each (default: 1)")
+                       help="of few-shot picks, start values and order: a run each (default: 1)")
 
 
 def add_anchor_options(parser):
-    group = parser.add_argument_group("anchor, Stage I")
+    group = parser.add_argument_group("anchor, Stage I (--template anchoropt)")
     group.add_argument("--descriptions", metavar="FILE",
-                       help="JSON, class -> sentences (default: assets/descriptions/DATASET.json)")
+                       help="JSON, class -> list of sentences (default: the file in "
+                            "assets/descriptions/; a dataset of your own needs one)")
     group.add_argument("--aliases", metavar="FILE",
                        help="JSON, class -> its key in the description file (default: none)")
     group.add_argument("--max-descriptions", type=at_least(1), metavar="D",
-                       help="sentences a class, the first in the file (default: 10; imagenet 5)")
+                       help="use the first D sentences of each class (default: 10; imagenet 5)")
     group.add_argument("--anchor-length", type=at_least(1), metavar="N",
                        help="N anchor tokens, Tab. 7 (default: 1)")
     group.add_argument("--preposition", metavar="WORD",
                        help="of, with, at, sun, sea, any word, or none: Tabs. 6 and S2 "
                             "(default: of)")
     group.add_argument("--anchor-epochs", type=at_least(0), metavar="T",
-                       help="length of Stage I (default: the dataset's)")
+                       help=f"epochs of Stage I; none with --one-stage {OF_THE_ROW}")
     group.add_argument("--anchor-lr", type=positive, metavar="LR",
                        help="learning rate of Stage I (default: 0.002)")
     group.add_argument("--anchor-weight", type=not_negative, metavar="WEIGHT",
-                       help="factor before Eq. 5 (default: the dataset's)")
+                       help=f"factor before Eq. 5 {OF_THE_ROW}")
 
 
-def add_clip_options(group):
+def add_clip_options(group, default_clip, default_dtype=""):
     group.add_argument("--clip", metavar="NAME_OR_FILE",
-                       help="CLIP's name, or a checkpoint: OpenAI's, OpenCLIP's or HuggingFace's "
-                            "(default: ViT-B/16; the toy CLIP for --dataset toy)")
+                       help=f"one of {', '.join(clip.available_models())}; or a checkpoint file: "
+                            f"OpenAI's, OpenCLIP's or HuggingFace's (default: {default_clip})")
     group.add_argument("--device", default=default_device(),
-                       help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+                       help="cpu, cuda, cuda:1, mps (default: cuda or mps where there is one; here "
+                            "%(default)s)")
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
-                       help="of the frozen CLIP (default: float16 on CUDA, else float32)")
+                       help=f"of the frozen CLIP (default: {default_dtype}float16 on CUDA, else "
+                            "float32)")
     group.add_argument("--class-chunk", type=at_least(0), default=0, metavar="C",
                        help="encode this many classes at a time, to save memory (default: 0, all)")
 
 
 def add_machine_options(parser):
     group = parser.add_argument_group("machine")
-    add_clip_options(group)
+    add_clip_options(group, "ViT-B/16; the toy CLIP for --dataset toy")
     group.add_argument("--activation", choices=("quickgelu", "gelu"),
-                       help="of a CLIP from a file; most of OpenCLIP's have gelu "
+                       help="of a CLIP file that is not OpenAI's; most of OpenCLIP's have gelu "
                             "(default: quickgelu)")
     group.add_argument("--vision-heads", type=at_least(1), metavar="H",
-                       help="attention heads of a CLIP from a file, image tower "
-                            "(default: width / 64)")
+                       help="attention heads of such a file's image tower; OpenCLIP's ViT-H, -g "
+                            "and -bigG have 16 (default: width / 64)")
     group.add_argument("--text-heads", type=at_least(1), metavar="H",
-                       help="the same, text tower (default: width / 64)")
+                       help="attention heads of such a file's text tower (default: width / 64)")
     group.add_argument("--output", default="output", metavar="DIR",
                        help="folder that all runs are written to (default: output)")
 
 
 def add_image_options(group):
     group.add_argument("--workers", type=at_least(0), metavar="N",
-                       help="processes that load images (default: 8 or fewer on a GPU, else 0)")
+                       help="processes that load images (default: 8 or fewer on CUDA, else 0)")
     group.add_argument("--test-batch", type=at_least(1), metavar="B",
-                       help="test images at a time where prompts depend on them (default: 100; "
-                            "maple 200)")
+                       help="test images at a time for cocoop, maple and --test-position sample "
+                            "(default: 100; maple 200)")
     group.add_argument("--feature-cache", metavar="DIR",
-                       help="keep the frozen CLIP's image features here for other runs "
-                            "(default: nowhere)")
+                       help="a folder that keeps the frozen CLIP's image features: what is there "
+                            "is read, what is not is written (default: none)")
 
 
 def default_device():

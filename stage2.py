@@ -6,8 +6,8 @@
 
 Freezes the anchor of Stage I (and runs Stage I first where it is missing), learns soft tokens and
 position matrix on the base classes, and evaluates on base and novel test images. Prints Table S1's
-rows; writes prompt.pt (what was learnt, with its settings), results.json and log.csv to
-output/<dataset>/<baseline>-<template>/seed<k>/.
+rows; writes prompt.pt (what was learnt, with its settings), results.json, log.csv and
+position.png (Fig. 4) to output/<dataset>/<baseline>-<template>[,changed settings]/seed<k>/.
 """
 
 import argparse
@@ -184,7 +184,7 @@ def run_seed(args, settings, seed, dataset, get_clip):
         W_start = learnt_W(learner)
 
         # Training: Stage II.
-        if settings["epochs"]:
+        if settings.get("epochs"):              # zero-shot CLIP has none
             learn_prompt(learner, task, args, settings, seed, folder, facts)
         save_prompt(folder, learner, task.base_names, settings, seed)
         clock.lap("stage2")
@@ -361,6 +361,7 @@ def save_results(folder, result):
     with data.written_aside(folder / "results.json") as aside:
         aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / "last.pt").unlink(missing_ok=True)
+    print(f"saved to {folder}", flush=True)
     return result | {"run": folder.parent.name, "folder": folder}
 
 
@@ -433,7 +434,8 @@ def parse(argv):
     stage1.add_image_options(group)
     group.add_argument("--no-plot", action="store_true", help="write no position.png")
     group.add_argument("--overwrite", action="store_true",
-                       help="run again what is finished (default: skip it)")
+                       help="begin anew, and remove the old results (default: skip what is "
+                            "finished, go on with what is begun)")
     args = parser.parse_args(argv)
     if args.one_stage and (args.template != "anchoropt" or args.baseline == "clip"):
         parser.error("--one-stage learns an anchor beside the prompt, and "
@@ -444,54 +446,58 @@ def parse(argv):
     return args
 
 
-OF_THE_ROW = "(default: the row of assets/settings.csv)"
-
-
 def add_method_options(parser):
     group = parser.add_argument_group("method")
     group.add_argument("--baseline", choices=list(BASELINES), default="coop",
-                       help="clip: zero-shot CLIP (default: coop)")
+                       help="the method that learns the prompt; clip: zero-shot CLIP, which has no "
+                            "template (default: coop)")
     group.add_argument("--template", choices=TEMPLATES, default="anchoropt",
-                       help="Eq. 2, Eq. 3 or Eqs. 8-9 (default: anchoropt)")
+                       help="soft tokens, Eq. 2; with attribute words, Eq. 3; with anchor tokens, "
+                            "Eqs. 8-9 (default: anchoropt)")
     group.add_argument("--one-stage", action="store_true",
-                       help="one-stage training, Sec. 3.2.4, Tab. 3 (default: two stages)")
+                       help="learn anchor and prompt in turns, step by step, without distillation: "
+                            "Sec. 3.2.4, Tab. 3 (default: Stage I first)")
     group.add_argument("--soft-tokens", type=stage1.at_least(1), metavar="M",
-                       help=f"M soft tokens {OF_THE_ROW}")
+                       help=f"how many soft tokens {stage1.OF_THE_ROW}")
     group.add_argument("--attributes", nargs="+", metavar="WORD",
-                       help=f"atprompt: 1 to 3 words {OF_THE_ROW}")
+                       help=f"atprompt: its words, in the paper 1 to 3 {stage1.OF_THE_ROW}")
     group.add_argument("--arrangement", choices=("adaptive", "before", "middle", "after-class"),
-                       help="where anchors stand, Tab. 8 (default: adaptive)")
+                       help="anchoropt: learn W; or fix the anchors before the soft tokens, in "
+                            "their middle, or behind the class name: Tab. 8 (default: adaptive)")
     group.add_argument("--tau", type=stage1.positive, metavar="TAU",
-                       help="temperature of Eq. 7, Tab. S3 (default: 1)")
+                       help="anchoropt: temperature of W's soft assignment, Eq. 7, Tab. S3 "
+                            "(default: 1)")
     group.add_argument("--depth", type=stage1.at_least(1), metavar="BLOCKS",
-                       help=f"maple: blocks that get soft tokens, 1 = shallow {OF_THE_ROW}")
-    group.add_argument("--w-cat", type=stage1.not_negative, metavar="WEIGHT",
-                       help=f"dept: weight of the base-class head {OF_THE_ROW}")
+                       help=f"maple: blocks that get soft tokens, 1 = shallow {stage1.OF_THE_ROW}")
+    group.add_argument("--w-cat", type=stage1.fraction, metavar="WEIGHT",
+                       help=f"dept: weight of the base-class head, 0 to 1 {stage1.OF_THE_ROW}")
     group.add_argument("--anchor", metavar="FILE",
-                       help="use this anchor; the authors' .pth.tar too (default: learn it in "
-                            "Stage I)")
+                       help="anchoropt: use this anchor for all seeds, an anchor.pt of stage1.py "
+                            "or the authors' .pth.tar (default: learn it in Stage I)")
     group.add_argument("--feature-at", choices=("eot", "released"),
-                       help="released: read the normal prompt's feature N positions early, as the "
-                            "released code does (default: eot)")
+                       help="anchoropt, released: read the normal prompt's feature N positions "
+                            "early, as the released code does (default: eot)")
     group.add_argument("--test-position", choices=("argmax", "sample"),
-                       help="sample: draw W anew for each test batch, as the released code does "
-                            "(default: argmax)")
+                       help="anchoropt, sample: draw W anew for each test batch, as the released "
+                            "code does (default: argmax)")
 
 
 def add_training_options(parser):
     group = parser.add_argument_group("training, Stage II")
-    group.add_argument("--epochs", type=stage1.at_least(0), metavar="T",
-                       help=f"length of Stage II {OF_THE_ROW}")
+    group.add_argument("--epochs", type=stage1.at_least(0), metavar="E",
+                       help=f"length of Stage II {stage1.OF_THE_ROW}")
     group.add_argument("--batch-size", type=stage1.at_least(1), metavar="B",
-                       help=f"images a step {OF_THE_ROW}")
+                       help=f"images a step {stage1.OF_THE_ROW}")
     group.add_argument("--lr", type=stage1.positive, metavar="LR",
-                       help=f"learning rate of Stage II {OF_THE_ROW}")
+                       help=f"learning rate of Stage II {stage1.OF_THE_ROW}")
     group.add_argument("--lambda-1", type=stage1.not_negative, metavar="WEIGHT",
-                       help=f"weight of the cross entropy, Eq. 12 {OF_THE_ROW}")
+                       help=f"weight of the cross entropy, Eq. 12 {stage1.OF_THE_ROW}")
     group.add_argument("--lambda-2", type=stage1.not_negative, metavar="WEIGHT",
-                       help=f"weight of the distillation, Eq. 12; 0: none, Tab. 9 {OF_THE_ROW}")
+                       help="anchoropt in two stages: weight of the distillation, Eq. 12; 0: none, "
+                            f"Tab. 9 {stage1.OF_THE_ROW}")
     group.add_argument("--temperature", type=stage1.positive, metavar="T",
-                       help=f"of the distillation, Eq. 11 {OF_THE_ROW}")
+                       help="anchoropt in two stages: temperature of the distillation, Eq. 11 "
+                            f"{stage1.OF_THE_ROW}")
 
 
 def run(args):
@@ -499,6 +505,8 @@ def run(args):
     defaults = stage1.default_settings(dataset.name, args.baseline, args.template, args.classes,
                                        args.one_stage)
     settings = stage1.resolve(args, defaults)
+    if dataset.name not in data.DATASETS:
+        stage1.note_on_own(settings)
     get_clip = functools.cache(lambda: stage1.load_clip_for(settings, args))
     results = []
     for seed in args.seeds:

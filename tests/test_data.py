@@ -1301,7 +1301,7 @@ def test_workers_started_by_spawn_get_the_same_images(items):
 
 
 def test_no_batch_spans_two_epochs():
-    batches = list(data.EpochBatches(5, [2, 3], 2))
+    batches = list(data.epoch_batches(5, [2, 3], 2))
     assert batches == [[(2, 0), (2, 1)], [(2, 2), (2, 3)], [(2, 4)],
                        [(3, 0), (3, 1)], [(3, 2), (3, 3)], [(3, 4)]]
 

@@ -790,6 +790,8 @@ def test_bad_options_end_in_one_line(tmp_path, capsys):
                         ([tmp_path, "--table", "1", "--figure", "4"], "not allowed with"),
                         ([tmp_path, "--csv", "x"], "--csv goes with --table or --images"),
                         ([tmp_path, "--on", "toy"], "--on goes with --table"),
+                        ([tmp_path, "--figure", "4", "--top", "9"], "--top goes with --images"),
+                        ([tmp_path, "--root", "x"], "--root goes with --dataset"),
                         ([tmp_path, "--overwrite"], "--overwrite goes with --dataset"),
                         ([tmp_path, "--classes-from", "x"], "--classes-from goes with --images"),
                         ([tmp_path, "--images", "a.jpg", "--csv"], "--csv needs a FILE"),
