@@ -939,6 +939,7 @@ def plain(name):
     return re.sub(r"[\s_-]+", " ", str(name)).strip().lower()
 
 
+@functools.lru_cache(maxsize=10_000)            # all names are compared with all keys
 def words(text):
     """Its words and numbers in lower case, sorted: "apse (indoor)" has those of "indoor apse"."""
     return tuple(sorted(re.findall(r"[^\W_]+", text.lower())))
@@ -1019,7 +1020,7 @@ def closest(name, keys, cutoff=0.6):
     quick.
     """
     own = set(words(name))
-    near = [key for key in keys if len(own & set(words(key))) > len(own) / 2]
+    near = [key for key in keys if len(own.intersection(words(key))) > len(own) / 2]
     if len(near) < 2 and cutoff is not None:
         spelt = {plain(key): key for key in keys}
         near += [spelt[key] for key in difflib.get_close_matches(plain(name), spelt, 2, cutoff)]
