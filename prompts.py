@@ -690,6 +690,7 @@ def build_learner(settings, clip_model, class_names, anchor_tokens=None):
     if baseline == "clip":
         return ZeroShot(clip_model, class_names, settings["prompt"])
 
+    # Three templates,
     options = {"class_chunk": settings.get("class_chunk", 0)}
     M = settings["soft_tokens"]
     if template_name == "plain":
@@ -702,6 +703,7 @@ def build_learner(settings, clip_model, class_names, anchor_tokens=None):
                                   settings["tau"], settings["test_position"])
         if settings["feature_at"] == "released":
             options["read_back"] = len(anchor_tokens)
+    # times four baselines.
     if baseline == "maple":
         options["depth"] = settings["depth"]
     if baseline == "dept":
@@ -743,12 +745,14 @@ def load_clip(name_or_path, device="cpu", dtype=None, activation=None, vision_he
     holds no CLIP, heads that cannot be, or a device that is not there. Files are read as data: no
     pickled code of theirs is ever run.
     """
+    # Is the device there? Better asked now than after a minute of loading.
     try:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {device} cannot be used here ({reason})") from error
 
+    # What no state dict tells can be told; OpenAI's own models have it written down.
     told = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
     told = {name: value for name, value in told.items() if value is not None}
     if told and (name_or_path == "toy" or clip_identity(name_or_path) in clip.available_models()):
@@ -821,6 +825,7 @@ def _toy_state_dict():
     with np.load(TOY_CLIP, allow_pickle=False) as file:
         arrays = {key: file[key].astype(np.float32) for key in file.files if key != "token_ids"}
         token_ids = file["token_ids"]
+    # The noise is the same everywhere: RandomState's stream is fixed for all time.
     rows = arrays.pop("token_rows")
     table = np.random.RandomState(0).normal(0, 0.02, (len(TOKENIZER.encoder), rows.shape[1]))
     table[token_ids] = rows
@@ -876,6 +881,7 @@ def _is_torchscript(path):
 
 def _read_state_dict(path):
     """The tensors of a checkpoint, key -> tensor, read as data. ValueError says what else it is."""
+    # The first bytes tell what is no checkpoint at all, and what is safetensors.
     with open(path, "rb") as file:
         start = file.read(256)
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
@@ -931,12 +937,14 @@ def _openai_keys(state):
     if "text_model.embeddings.token_embedding.weight" not in state:
         return state
 
+    # HuggingFace's: first the names,
     converted = {}
     for key, value in state.items():
         for theirs, ours in HUGGINGFACE.items():
             key = key.replace(theirs, ours)
         if not key.endswith("position_ids"):
             converted[key] = value
+    # then projections as x @ P instead of a Linear's x @ W.T, and q, k, v in one matrix.
     converted["text_projection"] = converted.pop("text_projection.weight").T
     converted["visual.proj"] = converted.pop("visual_projection.weight").T
     for key in [key for key in converted if ".attn.q_proj." in key]:
@@ -950,6 +958,7 @@ def _build(state, activation="quickgelu", vision_heads=None, text_heads=None):
 
     Raises KeyError for a key that is missing, ValueError for tensors or heads that make no CLIP.
     """
+    # What kind of tensors are these?
     if activation not in ("quickgelu", "gelu"):
         raise ValueError(f"the activation is 'quickgelu' or 'gelu', not {activation!r}")
     if any(value.numel() == 0 for value in state.values()):
@@ -976,10 +985,11 @@ def _build(state, activation="quickgelu", vision_heads=None, text_heads=None):
             sizes["vision_layers"], vision_heads, sizes["embed_dim"])
         towers = {"transformer": model.transformer, "visual.transformer": model.visual.transformer}
 
+    # Where a tower's MLP is not OpenAI's: its width (ViT-g, -bigG), its activation.
     for name, tower in towers.items():
         hidden = len(state[f"{name}.resblocks.0.mlp.c_fc.weight"])
         for block in tower.resblocks:
-            if hidden != 4 * tower.width:                           # OpenAI's are 4 times as wide
+            if hidden != 4 * tower.width:
                 block.mlp.c_fc = nn.Linear(tower.width, hidden)
                 block.mlp.c_proj = nn.Linear(hidden, tower.width)
             if activation == "gelu":
@@ -1028,6 +1038,7 @@ def _sizes(state):
         sizes["vision_patch_size"] = patch
         sizes["vision_layers"] = blocks("visual.transformer")
         positions = state["visual.positional_embedding"]
+    # One position a patch, and one for the whole image.
     sizes["image_resolution"] = patch * round((len(positions) - 1) ** 0.5)
     return sizes
 
