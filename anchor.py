@@ -15,7 +15,7 @@ class AnchorPrompt(nn.Module):
 
     tokens (N, d_t): theta_a, learnable, in float32, started at N(0, 0.02^2).
     preposition: the word between anchor and class, or None or "none" for no word (Tabs. 6, S2).
-    class_chunk: see `prompts.encode_text`.
+    class_chunk: see `prompts.encode_text`. It lives on the device of clip_model: build it there.
     Raises ValueError for N < 1 or class names that do not fit into CLIP's 77 tokens.
     """
 

@@ -28,12 +28,12 @@ import random
 import re
 import sys
 import uuid
-import zipfile
-import zlib
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 from PIL import Image
 from torchvision import transforms as T
 from tqdm import tqdm
@@ -45,13 +45,13 @@ class Item(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    name: str                      # a key of DATASETS, or the name of one's own folder
-    folder: str                    # where it lies; paths of images are told from here
     class_names: list              # index = label; as CLIP reads them, without underscores
     train: list                    # of Item; train and val are empty for test-only sets
     val: list
     test: list
-    notes: list                    # why figures on it do not compare with published ones; or []
+    notes: list = []               # why figures on it do not compare with published ones
+    name: str = ""                 # a key of DATASETS, or the name of one's own folder
+    folder: str = ""               # where it lies; paths of images are told from here
 
 
 # ---------------------------------------------------------------------------- the table
@@ -65,7 +65,7 @@ PHOTO = "a photo of a {}."
 
 class Row(NamedTuple):
     folder: str                    # under the root
-    images: tuple                  # under the folder; the first that exists (mirrors differ)
+    images: tuple                  # under the folder; mirrors differ, see `images_folder`
     kind: str                      # which reader, see READERS
     split: str                     # the file that fixes classes or split
     classes: int                   # how many the full dataset has
@@ -182,7 +182,7 @@ def load_dataset(name, root=None, seed=1):
     if len(parts.class_names) != row.classes:
         notes.append(f"{len(parts.class_names)} classes found, the full dataset has {row.classes}: "
                      "figures on it do not compare with published ones")
-    return as_dataset(known, folder, parts, notes)
+    return named(known, folder, parts, notes)
 
 
 def load_own(path, seed):
@@ -195,7 +195,12 @@ def load_own(path, seed):
         if len(parts.class_names) < 2:
             raise ValueError(f"{folder} has one class alone, {parts.class_names[0]!r}")
     notes = ["a dataset of one's own: its figures compare with nobody's", *parts.notes]
-    return as_dataset(own_name(folder), folder, parts, notes)
+    return named(own_name(folder), folder, parts, notes)
+
+
+def named(name, folder, parts, notes):
+    """What a reader has returned, with the dataset's name and folder."""
+    return parts._replace(name=name, folder=folder, notes=[f"{name}: {note}" for note in notes])
 
 
 def own_name(folder):
@@ -208,19 +213,14 @@ def own_name(folder):
     return name
 
 
-def as_dataset(name, folder, parts, notes):
-    notes = [f"{name}: {note}" for note in notes]
-    return Dataset(name, folder, parts.class_names, parts.train, parts.val, parts.test, notes)
-
-
 def with_clean_names(parts, split):
-    """Class names as CLIP reads them. ValueError where a class has no image to learn from."""
+    """Class names as CLIP reads them. ValueError where a class has no image to learn or test on."""
     class_names = [class_name.replace("_", " ") for class_name in parts.class_names]
-    if parts.train:
-        learnt = {item.label for item in parts.train}
-        untrained = [name for label, name in enumerate(class_names) if label not in learnt]
-        if untrained:
-            raise ValueError(f"{split} has no train image of {', '.join(untrained)}")
+    for part, items in (("train", parts.train), ("test", parts.test)):
+        present = {item.label for item in items}
+        absent = [name for label, name in enumerate(class_names) if label not in present]
+        if items and absent:
+            raise ValueError(f"{split} has no {part} image of {', '.join(absent)}")
     return parts._replace(class_names=class_names)
 
 
@@ -268,14 +268,7 @@ def advised(advice):
 
 # -------------------------------------------------------------------------- readers: one per layout
 
-class Parts(NamedTuple):
-    """What a reader returns."""
-    class_names: list              # index = label
-    train: list                    # of Item
-    val: list
-    test: list
-    notes: list = []
-
+# Each returns a Dataset that has no name yet.
 
 def read_json_split(row, folder, seed):
     """A `split_zhou_*.json`; where it is missing and the field's recipe will do, an own split."""
@@ -296,7 +289,7 @@ def read_json_split(row, folder, seed):
 
 
 def read_split_file(file, folders, top):
-    """`{"train": [[path, label, class name], ...], "val": [...], "test": [...]}`, as Parts.
+    """`{"train": [[path, label, class name], ...], "val": [...], "test": [...]}`.
 
     Paths are relative to the first of `folders` that has some of them. top: where to look for
     images that are not there.
@@ -317,7 +310,7 @@ def read_split_file(file, folders, top):
             source = os.path.join(images, path.removeprefix(prefix))
             parts[part].append(Item(source, label))
     check_images([item.source for part in SPLIT for item in parts[part]], file, top)
-    return Parts([names[label] for label in range(len(names))], **parts)
+    return Dataset([names[label] for label in range(len(names))], **parts)
 
 
 SPLIT = ("train", "val", "test")
@@ -362,7 +355,7 @@ def split_folders(images, leave_out, seed):
     """The field's recipe for folder-per-class sets: 50 % train, 20 % val, the rest test.
 
     Classes are sorted by folder, their sorted images shuffled with `random.Random(seed)`. Returns
-    the class folders' names and Parts.
+    the class folders' names and a Dataset.
     """
     rng = random.Random(seed)
     class_folders = [name for name in subfolders(images) if name not in leave_out]
@@ -381,7 +374,7 @@ def split_folders(images, leave_out, seed):
         train += items[:n_train]
         val += items[n_train:n_train + n_val]
         test += items[n_train + n_val:]
-    return class_folders, Parts(class_folders, train, val, test)
+    return class_folders, Dataset(class_folders, train, val, test)
 
 
 def read_aircraft(row, folder, seed):
@@ -401,7 +394,7 @@ def read_aircraft(row, folder, seed):
             items.append(Item(os.path.join(images, image_id + ".jpg"), labels[variant]))
         check_images([item.source for item in items], file, top)
         parts.append(items)
-    return Parts(class_names, *parts)
+    return Dataset(class_names, *parts)
 
 
 def read_imagenet(row, folder, seed):
@@ -412,7 +405,7 @@ def read_imagenet(row, folder, seed):
     top = os.path.dirname(folder)
     train = read_class_folders(os.path.join(images, "train"), wnids, names, row.split, top)
     test = read_class_folders(os.path.join(images, "val"), wnids, names, row.split, top)
-    return Parts([names[wnid] for wnid in wnids], train, [], test, notes)
+    return Dataset([names[wnid] for wnid in wnids], train, [], test, notes)
 
 
 def read_variant(row, folder, seed):
@@ -431,7 +424,7 @@ def read_variant(row, folder, seed):
         if not class_folders:
             raise FileNotFoundError(f"{images} has no class folders")
     test = read_class_folders(images, class_folders, names, row.split, os.path.dirname(folder))
-    return Parts([names[name] for name in class_folders], [], [], test, notes)
+    return Dataset([names[name] for name in class_folders], [], [], test, notes)
 
 
 READERS = {"json": read_json_split, "aircraft": read_aircraft, "imagenet": read_imagenet,
@@ -472,8 +465,8 @@ VALPREP = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master
 def read_class_folders(images, class_folders, names, listed_in, top, named=()):
     """Items of one part, label = index in class_folders.
 
-    No class may be missing or unknown: labels would shift. names: class folder -> class name, of
-    all that `listed_in` has. top, named: as in `not_there`.
+    No class may be missing, nor a wnid or number unknown: labels would shift. names: class folder
+    -> class name, of all that `listed_in` has. top, named: as in `not_there`.
     """
     present = []
     if os.path.isdir(images):
@@ -504,7 +497,7 @@ OWN_PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test":
 
 
 def read_own(folder, seed):
-    """Any of the layouts of OWN_LAYOUT. Returns Parts."""
+    """Any of the layouts of OWN_LAYOUT."""
     split = os.path.join(folder, "split.json")
     if os.path.isfile(split):
         folders = [os.path.join(folder, "images"), folder]
@@ -515,6 +508,8 @@ def read_own(folder, seed):
         return read_own_parts(parts, folder)
     if not inside and list_images(folder):
         raise ValueError(f"{folder} has images without class folders")
+    if inside and set(inside) <= set(itertools.chain(*OWN_PARTS.values())):
+        raise ValueError(f"{folder} has {' and '.join(inside)}, but no class folders in train/")
     if len(inside) == 1:
         only = os.path.join(folder, inside[0])
         if subfolders(only):
@@ -562,7 +557,7 @@ def read_own_parts(parts, folder):
             raise ValueError(f"{images}: class folder {unknown[0]} is not in {parts['train']}")
         items[part] = read_class_folders(images, class_folders, names, "train/",
                                          os.path.dirname(folder), parts.values())
-    return Parts(list(names.values()), items["train"], items["val"], items["test"], notes)
+    return Dataset(list(names.values()), items["train"], items["val"], items["test"], notes)
 
 
 # ---------------------------------------------------------------------------- files and folders
@@ -595,21 +590,15 @@ def missing_images(images):
 
 def subfolders(folder):
     """Sorted names of the folders in `folder`, without hidden ones (.git, __MACOSX)."""
-    names = []
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith((".", "__")) and entry.is_dir():
-                names.append(entry.name)
-    return sorted(names)
+        return sorted(entry.name for entry in entries
+                      if not entry.name.startswith((".", "__")) and entry.is_dir())
 
 
 def list_images(folder):
     """Sorted names of the images in a folder, without hidden ones (._x.jpg)."""
-    names = []
-    for name in os.listdir(folder):
-        if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-            names.append(name)
-    return sorted(names)
+    return sorted(name for name in os.listdir(folder)
+                  if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
 
 
 def image_files(folder):
@@ -775,10 +764,8 @@ def few_shot(train, val, shots=16, seed=1):
     rng = random.Random(seed)                               # the stream of random.seed(seed)
 
     def pick(items, n):
-        by_label, picked = {}, []
-        for item in items:
-            by_label.setdefault(item.label, []).append(item)
-        for same_label in by_label.values():
+        picked = []
+        for same_label in group_by(lambda item: item.label, items).values():
             if len(same_label) >= n:
                 same_label = rng.sample(same_label, n)
             picked += same_label
@@ -1108,8 +1095,8 @@ def load_image(path):
     # SyntaxError: a broken PNG
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
-        raise BadImage(f"image {path} cannot be read ({reason}); unpack it again, it is not "
-                       "skipped") from None
+        raise BadImage(f"image {path} cannot be read ({reason}); mend it or unpack it again, it is "
+                       "not skipped") from None
 
 
 def from_16_bits(image):
@@ -1157,15 +1144,15 @@ def epoch_batches(n, epochs, batch_size):
 ENCODE_BATCH = 256                  # images that go through the frozen image tower at a time
 
 
-def loader(images, epochs=(0,), batch_size=ENCODE_BATCH, workers=0):
+def loader(images, epochs=(0,), batch_size=ENCODE_BATCH, workers=0, device="cpu"):
     """Batches of crops (B, 3, R, R) uint8 and labels (B,), in item order, an epoch after the other.
 
     One DataLoader, and so one set of worker processes, for the whole run: it reads on into the
-    next epoch while the steps of this one run. To go through once.
+    next epoch while the steps of this one run. To go through once. device: where the crops go.
     """
     return torch.utils.data.DataLoader(
         images, batch_sampler=epoch_batches(len(images), epochs, batch_size), num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator())                        # leaves the global one alone
 
 
@@ -1191,7 +1178,7 @@ class EpochFeatures:
                         if keep_crops or self.kept is None or not self.kept.has(epoch)]
         self.batches = None                                 # begun where there is one to load
         if self.to_load:
-            self.batches = iter(loader(images, list(self.to_load), workers=workers))
+            self.batches = iter(loader(images, list(self.to_load), workers=workers, device=device))
 
     def __getitem__(self, epoch):
         f = self.kept.read(epoch) if self.kept is not None else None
@@ -1219,16 +1206,16 @@ class EpochFeatures:
             self.to_load.pop(0)
             return itertools.islice(self.batches, math.ceil(len(self.images) / ENCODE_BATCH))
         # Its kept file was there, and turned out damaged.
-        return loader(self.images, [epoch], workers=self.workers)
+        return loader(self.images, [epoch], workers=self.workers, device=self.device)
 
 
 class KeptFeatures:
     """Image features in a folder, for who comes next with the same CLIP, images and seed.
 
     A file an epoch, about 1 kB an image in float16 and 2 kB in float32. Its name is a digest of
-    all that the features depend on: of `what` (CLIP, precision), the transform, the seed, the
-    epoch, and path, size and time of every image. A file that is damaged or of something else is
-    not believed.
+    all that the features depend on: of `what` (CLIP, precision), the transform and the versions of
+    the libraries that carry it out, the seed, the epoch, and path, size and time of every image. A
+    file that is damaged or of something else is not believed.
     """
 
     def __init__(self, folder, what, images):
@@ -1236,7 +1223,8 @@ class KeptFeatures:
         stats = [os.stat(item.source) for item in images.items]
         rows = [[str(item.source), stat.st_size, stat.st_mtime_ns]
                 for item, stat in zip(images.items, stats)]
-        self.what = digest([what, repr(images.transform), images.seed, rows])
+        versions = [PIL.__version__, torchvision.__version__]       # two Pillows, two crops
+        self.what = digest([what, repr(images.transform), versions, images.seed, rows])
         self.n = len(rows)
 
     def path(self, epoch):
@@ -1250,13 +1238,12 @@ class KeptFeatures:
         try:
             # A zip: it checks its checksums.
             with np.load(self.path(epoch), allow_pickle=False) as file:
-                features, what = file["features"], str(file["what"])
-        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile,
-                zlib.error):                    # zipfile has many words for a flipped bit
+                features, what = torch.from_numpy(file["features"]), str(file["what"])
+        except Exception:                       # numpy has many words for a flipped bit
             return None
-        if what != self.path(epoch).stem or features.ndim != 2 or len(features) != self.n:
+        if what != self.path(epoch).stem or features.dim() != 2 or len(features) != self.n:
             return None
-        return torch.from_numpy(features).float()
+        return features.float()
 
     def write(self, epoch, features):
         features = features.cpu()
@@ -1283,7 +1270,7 @@ def written_aside(path):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         reason = " ".join(str(error).split())
         raise OSError(f"could not write {path} ({reason}); what was finished before is kept: make "
-                      "room or choose another --output, then run the same command again") from error
+                      "room or choose another place, then run the same command again") from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -1438,7 +1425,8 @@ def ask(client, model, class_name, form, per_class):
 
 def read_answer(text):
     """The sentences of an answer, one a line, without a model's thoughts, numbering, headings."""
-    text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)
+    # A chat template may hold the <think> already; an answer that was cut off has no </think>.
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
     sentences = []
     for line in text.splitlines():
         line = re.sub(r"^\s*(?:[-*\u2022]|\d+[.)])\s+", "", line)

@@ -120,7 +120,8 @@ def test_batches(learner, settings, items, f_anc, args):
                             args.workers)
     if learner.needs_images:
         images = data.Images(items, data.test_transform(clip_model.visual.input_resolution))
-        crops = iter(data.loader(images, batch_size=batch_size, workers=args.workers))
+        crops = iter(data.loader(images, batch_size=batch_size, workers=args.workers,
+                                 device=device))
 
     for start in range(0, len(items), batch_size):
         batch = slice(start, start + batch_size)
@@ -278,7 +279,8 @@ class Classifier:
         items = [data.Item(str(picture), 0) for picture in pictures]
         images = data.Images(items, data.test_transform(clip_model.visual.input_resolution))
         q = [torch.zeros(0, len(self.class_names), device=device)]
-        for crops, _ in data.loader(images, batch_size=batch_size, workers=workers):
+        batches = data.loader(images, batch_size=batch_size, workers=workers, device=device)
+        for crops, _ in batches:
             x = data.normalize(crops.to(device))                                # (B, 3, R, R)
             f = encode_image(clip_model, x).float()                             # (B, d)
             logits = infer(self.learner, f, x, self.f_anc, self.known)["final"]
@@ -327,7 +329,8 @@ def classify_pictures(args):
         rule = "normal prompt"
     print(f"{len(classifier.class_names)} classes; the {rule} answers")
 
-    q, rows = classifier.probabilities(pictures, args.test_batch or 100, args.workers), []
+    q = classifier.probabilities(pictures, args.test_batch or 100, args.workers)
+    rows = []
     for picture, of_picture in zip(pictures, q):
         best = of_picture.topk(min(args.top or 5, len(of_picture)))
         named = [(classifier.class_names[i], p)
@@ -443,7 +446,7 @@ def evaluate_run(path, dataset, dataset_path, args, get_clip):
         print(f"finished already: {file} (--overwrite to make it again)", flush=True)
         return done
 
-    known = dataset.name == settings["dataset"]
+    known = dataset.class_names == saved["class_names"]
     if settings["dataset"] == "imagenet" and dataset.name in VARIANTS:
         known = True
     notes, comparable = notes_of_run(path)
@@ -454,6 +457,7 @@ def evaluate_run(path, dataset, dataset_path, args, get_clip):
                      "Tables 2 and 4 are of runs with --classes all")
     learner = load_learner(path, saved, get_clip(path, settings), args.class_chunk)
     learner.set_classes(dataset.class_names)
+    torch.manual_seed(saved["seed"])            # of W, with --test-position sample
     scores = evaluate_items(learner, settings, dataset.test, known, args)
     result = {"dataset": settings["dataset"], "target": dataset.name, "seed": saved["seed"],
               "run": run_name(path), "prompt": sha256(path)[:8], "settings": settings,
@@ -565,9 +569,11 @@ def load_result(path):
     path = pathlib.Path(path)
     result = read_record(path)
     sound = result is not None and is_accuracies(result.get("base"), result["settings"])
-    if sound and result.get("novel") is not None:               # None: all classes were learnt on
-        sound = is_accuracies(result["novel"], result["settings"])
-    if not sound or "novel" not in result or not has_sound_W(result):
+    if sound and result["settings"].get("classes") != "all":
+        sound = is_accuracies(result.get("novel"), result["settings"])
+    elif sound:                                                 # nothing is novel
+        sound = result.get("novel", "missing") is None
+    if not sound or not has_sound_W(result):
         raise ValueError(f"{path} is not a results.json of stage2.py; run it again with "
                          "--overwrite")
     return result | {"run": path.resolve().parent.parent.name, "folder": path.parent}
@@ -582,7 +588,13 @@ def load_results(paths):
                                     "to (--output)")
         files = sorted(path.rglob("results.json")) if path.is_dir() else [path]
         found |= {file.resolve(): file for file in files}
-    return [load_result(path) for path in found.values()]
+    results, folders = [load_result(path) for path in found.values()], {}
+    for result in results:
+        folder = folders.setdefault((group(result), result["seed"]), result["folder"])
+        if folder is not result["folder"]:
+            raise ValueError(f"{folder} and {result['folder']} are both seed {result['seed']} of "
+                             "one run: move one of them elsewhere")
+    return results
 
 
 def two_digits(value):
@@ -609,15 +621,7 @@ def markdown_table(header, rows):
 
 def group(result):
     """What the seeds of one run share: dataset, the run's name, the folder where it was found."""
-    return result["dataset"], result["run"], str(result["folder"].parent)
-
-
-def grouped(results):
-    """The seeds of each run: dict `group` -> list of results."""
-    groups = {}
-    for result in results:
-        groups.setdefault(group(result), []).append(result)
-    return groups
+    return result["dataset"], result["run"], str(result["folder"].resolve().parent)
 
 
 def with_hm(values):
@@ -640,7 +644,7 @@ MEASURES = ("base", "novel", "hm")
 def results_table(results):
     """Table S1's rows for every run: lines of Markdown."""
     lines = []
-    for (dataset, run, _), seeds in grouped(results).items():
+    for (dataset, run, _), seeds in data.group_by(group, results).items():
         rows = []
         for reading in seeds[0]["base"]:
             values = values_of(seeds, reading)
@@ -656,7 +660,7 @@ def summary_table(results, reading):
     The mean HM is that of the mean base and mean novel; its deviation is that of the seeds' HMs.
     """
     rows = []
-    for (dataset, run, _), seeds in grouped(results).items():
+    for (dataset, run, _), seeds in data.group_by(group, results).items():
         if reading not in seeds[0]["base"]:                     # plain prompts have no anchor
             continue
         means = values_of(seeds, reading)
@@ -714,6 +718,8 @@ def draw_figure4(results, path):
     panels = {}
     for key in sorted(first):
         panels[panel_title(key, first)] = first[key]["position_matrix"]["end"]
+    if not pathlib.Path(path).suffix:                           # it says the format
+        path = f"{path}.png"
     with data.written_aside(path) as aside:
         plot_position_matrix(panels, aside, lengths[0])
     print(f"{path}: " + ", ".join(str(first[key]["folder"]) for key in sorted(first)))
@@ -733,7 +739,7 @@ def panel_title(key, keys):
 
 PAPER_FILE = pathlib.Path(data.ASSETS) / "paper_tables.csv"
 # A cell takes runs whatever these are, and says so.
-MACHINE = (*stage1.CLIP_SETTINGS, "descriptions")
+MACHINE = (*stage1.CLIP_SETTINGS, "descriptions", "anchor")
 
 
 class Row(NamedTuple):
@@ -861,7 +867,7 @@ def find_seeds(results, settings):
     fits = {}                                               # folder of a run -> its seeds
     for result in results:
         if method(result["settings"]) == method(settings):
-            fits.setdefault(result["folder"].parent, []).append(result)
+            fits.setdefault(result["folder"].resolve().parent, []).append(result)
 
     def off(folder):
         own = fits[folder][0]["settings"]
@@ -877,7 +883,8 @@ def find_seeds(results, settings):
     best, *others = sorted(fits, key=last)
     remarks = [f"run with {what}" for what in off(best)]
     for left in others:
-        remarks.append(f"{best} is shown, {left} ({' '.join(off(left))}) is left out")
+        what = f" ({', '.join(off(left))})" if off(left) else ""
+        remarks.append(f"{best} is shown, {left}{what} is left out")
     return fits[best], remarks
 
 

@@ -30,6 +30,8 @@ def anchor_mse(anchor_features, description_features):
             raise ValueError(f"anchor_mse: shapes {tuple(anchor_features.shape)} and "
                              f"{tuple(description_features.shape)} differ; means must be (C, d)")
         return (anchor_features - description_features).square().mean()
+    if any(f_des.shape[-1:] != anchor_features.shape[-1:] for f_des in description_features):
+        raise ValueError(f"anchor_mse: descriptions must be {anchor_features.shape[-1]} wide")
     per_class = [(f_anc - f_des).square().mean()               # (d,) against (D_c, d)
                  for f_anc, f_des in zip(anchor_features, description_features)]
     return torch.stack(per_class).mean()

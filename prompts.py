@@ -483,7 +483,8 @@ class CoOp(nn.Module):
     template: one of the templates above. read_back: 0, or N where the feature is read as in the
     released code; class_chunk: see `encode_text`.
     A learner maps the frozen CLIP's image features f (B, d), not normalised, to logits (B, C);
-    `set_classes(names)` rebinds the learnt prompt to other classes.
+    `set_classes(names)` rebinds the learnt prompt to other classes. It lives on the device of its
+    clip_model: build it there, since `.to(device)` would leave CLIP and the class tokens behind.
     Raises ValueError naming class names that do not fit into CLIP's 77 tokens.
     """
     needs_images = False            # True where the image tower is prompted too
@@ -768,9 +769,12 @@ def load_clip(name_or_path, device="cpu", dtype=None, activation=None, vision_he
     else:
         known = ", ".join(["toy", *clip.available_models()])
         raise FileNotFoundError(f"CLIP {name_or_path}: neither a file nor one of {known}")
-    _set_precision(model, dtype or (torch.float16 if "cuda" in str(device) else torch.float32))
+    model = model.to(device).eval().requires_grad_(False)
+    if dtype is None:
+        dtype = torch.float16 if model.logit_scale.is_cuda else torch.float32
+    _set_precision(model, dtype)
     model.notes = notes
-    return model.to(device).eval().requires_grad_(False)
+    return model
 
 
 def clip_identity(name_or_path):
@@ -812,11 +816,13 @@ def read_as_data(path, device="cpu"):
 
 def _set_precision(model, dtype):
     """All parameters get `dtype`; half precision only those that may have it by CLIP's own rule."""
+    if dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        return
     exact = {name: parameter.data for name, parameter in model.named_parameters()}
     clip.model.convert_weights(model)                               # rounds them to float16
     for name, parameter in model.named_parameters():
-        may_be_half = parameter.dtype == torch.float16
-        if may_be_half or dtype in (torch.float32, torch.float64):
+        if parameter.dtype == torch.float16:
             parameter.data = exact[name].to(dtype)
 
 

@@ -37,6 +37,8 @@ try:
 except ImportError as error:
     # clip is missing, or its pkg_resources is: every script imports this module first.
     script = os.path.basename(sys.argv[0])
+    if script not in ("stage1.py", "stage2.py", "eval.py"):
+        raise
     print(f"{script}: {error} (requirements.txt lists what is needed)", file=sys.stderr)
     sys.exit(2)
 
@@ -115,7 +117,10 @@ def get_anchor(clip_model, class_names, args, settings, seed, renew=False):
         sentences, notes = read_descriptions(class_names, args, settings)
         for note in notes:
             print(f"note: {note}", flush=True)
-        facts = anchor_facts(class_names, args, settings)
+        # All that the anchor depends on: the settings, and what is in the files.
+        facts = {key: settings[key] for key in ANCHOR_SETTINGS}
+        facts |= {"class names": data.digest(list(class_names)),
+                  "descriptions' sentences": data.digest(sentences)}
         features = description_features(clip_model, sentences, class_names,
                                         descriptions_file(args, settings))
         targets = torch.stack([f.mean(0) for f in features])                        # (C, d)
@@ -135,9 +140,8 @@ def get_anchor(clip_model, class_names, args, settings, seed, renew=False):
         learn_anchor(prompt, targets, epochs, settings["anchor_weight"])
 
         # anchor.pt comes first: a process that dies in between leaves a file too many, no loss.
-        own = {key: settings[key] for key in ANCHOR_SETTINGS}
         with data.written_aside(file) as aside:
-            save_anchor(aside, prompt.tokens, own | facts | {"class_names": list(class_names)})
+            save_anchor(aside, prompt.tokens, facts | {"class_names": list(class_names)})
         (folder / "last.pt").unlink(missing_ok=True)
         print(f"Stage I done: cosine of anchor prompts and descriptions {before:.3f} -> "
               f"{cosine(prompt, features):.3f}; {file}", flush=True)
@@ -155,9 +159,9 @@ def own_anchor(file, clip_model, class_names, args, settings):
     except ValueError as error:
         raise ValueError(f"{error}; {advice}") from error
     check_anchor(file, tokens, saved, settings, clip_model)
-    # An anchor may outlive its description file, so a missing one is no reason to refuse.
-    facts = anchor_facts(class_names, args, settings, must_exist=False)
-    check_unchanged(file, saved, facts, advice)
+    # The folder's name says the settings where they are not the table's, and the table may change.
+    own = {key: settings[key] for key in ANCHOR_SETTINGS if key in saved}
+    check_unchanged(file, saved, own | anchor_facts(class_names, args, settings), advice)
     return tokens
 
 
@@ -184,18 +188,13 @@ def read_descriptions(class_names, args, settings, write_aliases=True):
     return sentences, notes
 
 
-def anchor_facts(class_names, args, settings, must_exist=True):
-    """Digests of what an anchor is made from, for `check_unchanged`.
-
-    must_exist: raise OSError, ValueError where the sentences cannot be read; else leave them out.
-    """
+def anchor_facts(class_names, args, settings):
+    """Digests of what an anchor was made from, as it is now, for `check_unchanged`."""
     facts = {"class names": data.digest(list(class_names))}
-    try:
-        sentences, _ = read_descriptions(class_names, args, settings, write_aliases=must_exist)
+    # An anchor may outlive its description file, so a missing one is no reason to refuse.
+    with contextlib.suppress(OSError, ValueError):
+        sentences, _ = read_descriptions(class_names, args, settings, write_aliases=False)
         facts["descriptions' sentences"] = data.digest(sentences)
-    except (OSError, ValueError):
-        if must_exist:
-            raise
     return facts
 
 
@@ -377,11 +376,18 @@ class Epochs:
 
 
 def check_unchanged(path, saved, now, advice):
-    """Raises ValueError where the digests `now` are not those that a file was made with."""
-    changed = [name for name, value in now.items() if saved.get(name) != value]
+    """Raises ValueError where settings or digests `now` are not those a file was made with."""
+    changed = [name for name, value in now.items() if not is_same(saved.get(name), value)]
     if changed:
         raise ValueError(f"{path} was made with other {' and '.join(changed)} than there are now; "
                          f"{advice}")
+
+
+def is_same(saved, now):
+    """Is a plain value of ours what a file holds, which may be anything? 100 is 100.0."""
+    if isinstance(now, (int, float)) and isinstance(saved, (int, float)):
+        return saved == now
+    return type(saved) is type(now) and saved == now
 
 
 def save_csv(path, rows):
@@ -809,14 +815,25 @@ def run_script(name, run, args):
         run(args)
         return 0
     except KeyboardInterrupt:
-        complain(name, "stopped; finished epochs are kept, the same command goes on from there")
+        command = "the same command"
+        if getattr(args, "overwrite", False):
+            command += " without --overwrite"
+        complain(name, f"stopped; what is finished is kept, {command} goes on from there")
         return 130
     except torch.OutOfMemoryError as error:
         reason = str(error).split(".")[0]
-        complain(name, f"out of memory ({reason}); lower --test-batch or --batch-size, or set "
-                       "--class-chunk 100")
+        advice = "set --class-chunk 100"
+        for option in ("batch_size", "test_batch"):
+            if hasattr(args, option):
+                advice = f"lower --{option.replace('_', '-')}, {advice}"
+        complain(name, f"out of memory ({reason}); {advice}")
     except (ValueError, OSError, ImportError) as error:
         complain(name, str(error))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        complain(name, f"{error}; set --workers 0, or give the container more shared memory "
+                       "(docker run --shm-size)")
     return 2
 
 

@@ -163,18 +163,18 @@ def run_seed(args, settings, seed, dataset, get_clip):
     facts = run_facts(args, settings, dataset, task)
     with stage1.only_process(folder, wait=False, what=f"seed {seed}"):
         # What is finished is not run again. CLIP is loaded only for a run that needs it.
-        if args.overwrite:
-            remove_run(folder)
-        finished = finished_run(folder, settings, facts)
+        finished = None if args.overwrite else finished_run(folder, settings, facts)
         if finished is not None:
             return finished
         clip_model = get_clip()
         task = with_notes(task, settings)
         check_before_learning(clip_model, task, dataset, settings)
+        if args.overwrite:
+            remove_run(folder)
         clock = Clock()
 
         # The anchor: Stage I, or where it was learnt before.
-        anchor_tokens = find_anchor(clip_model, task.base_names, args, settings, seed)
+        anchor_tokens = find_anchor(clip_model, task, args, settings, seed)
         clock.lap("stage1")
 
         # The learner: a template in a baseline, with this seed's start values.
@@ -190,11 +190,13 @@ def run_seed(args, settings, seed, dataset, get_clip):
         clock.lap("stage2")
 
         # Inference (Sec. 3.2.2): normal prompt for base classes, the ensemble for novel ones.
-        base = evaluate_side(learner, settings, task.base_names, task.test_base, True, args)
+        torch.manual_seed(seed)                 # of W, with --test-position sample
+        base = evaluation.evaluate_items(learner, settings, task.test_base, True, args)
         novel = hm = None
         if task.novel_names:
-            novel = evaluate_side(learner, settings, task.novel_names, task.test_novel, False, args)
-            hm = harmonic_means(base, novel)
+            learner.set_classes(task.novel_names)
+            novel = evaluation.evaluate_items(learner, settings, task.test_novel, False, args)
+            hm = {key: evaluation.harmonic_mean(base[key], novel[key]) for key in base}
         clock.lap("eval")
 
         # Saving. results.json comes last: with it, the run is finished.
@@ -216,7 +218,7 @@ def run_facts(args, settings, dataset, task):
     # Anchors that come from a file count by its content, which the settings hold.
     facts = data.digests(dataset, task)
     if settings["template"] == "anchoropt" and not args.anchor:
-        own = stage1.anchor_facts(task.base_names, args, settings, must_exist=False)
+        own = stage1.anchor_facts(task.base_names, args, settings)
         facts = own | facts                     # "class names" are all of them here, not base alone
     return facts
 
@@ -239,6 +241,9 @@ def check_before_learning(clip_model, task, dataset, settings):
     if not task.train and settings["baseline"] != "clip":
         raise ValueError(f"{dataset.name} has no training images: train on another dataset, then "
                          f"test on this one with: python eval.py RUN --dataset {dataset.name}")
+    if 1 in (len(task.base_names), len(task.novel_names)):
+        raise ValueError(f"{dataset.name} has {len(dataset.class_names)} classes, and one side of "
+                         "base and novel would have one alone, which is no choice: --classes all")
     # A learner with an anchor of zeros, thrown away: its own checks are all that is wanted. The
     # random numbers that it draws change nothing: every stage begins with its seed.
     width = clip_model.token_embedding.weight.shape[1]
@@ -260,8 +265,11 @@ class Clock:
         self.start = now
 
 
-def find_anchor(clip_model, class_names, args, settings, seed):
-    """The frozen anchor tokens (N, d_t) of Stage II, or None for the other templates."""
+def find_anchor(clip_model, task, args, settings, seed):
+    """The frozen anchor tokens (N, d_t) of Stage II, or None for the other templates.
+
+    Raises ValueError for a file's anchor that was learnt on novel classes' descriptions.
+    """
     if settings["template"] != "anchoropt":
         return None
     if settings["one_stage"]:                   # learnt beside the prompt: OneStage puts it here
@@ -270,8 +278,14 @@ def find_anchor(clip_model, class_names, args, settings, seed):
     if args.anchor:
         anchor_tokens, saved = load_anchor(args.anchor)
         stage1.check_anchor(args.anchor, anchor_tokens, saved, settings, clip_model)
+        seen = set(saved.get("class_names", [])) & set(task.novel_names)    # the authors' have none
+        if seen:
+            raise ValueError(f"{args.anchor} was learnt from descriptions of {len(seen)} classes "
+                             f"that are novel here, such as {min(seen)!r}; give one that was not, "
+                             "or --classes all")
         return anchor_tokens
-    return stage1.get_anchor(clip_model, class_names, args, settings, seed, renew=args.overwrite)
+    return stage1.get_anchor(clip_model, task.base_names, args, settings, seed,
+                             renew=args.overwrite)
 
 
 def learn_prompt(learner, task, args, settings, seed, folder, facts):
@@ -298,7 +312,7 @@ def learn_prompt(learner, task, args, settings, seed, folder, facts):
     # The epochs, from where an earlier process was stopped.
     steps = max(1, len(task.train) // settings["batch_size"])
     epochs = stage1.Epochs("stage II", settings["epochs"], steps, optimizers, folder / "last.pt",
-                           parts, facts, advice="lower --lr, --lambda-1 or --lambda-2")
+                           parts, settings | facts, advice="lower --lr, --lambda-1 or --lambda-2")
 
     # f_I(x) of the epochs to come, frozen. MaPLe without distillation never reads it.
     images = data.Images(task.train, data.train_transform(clip_model.visual.input_resolution), seed)
@@ -326,17 +340,6 @@ def one_stage_step(learner, class_names, args, settings):
     # f_T(t_d) of the base classes, frozen.
     f_des = stage1.description_features(learner.clip_model, sentences, class_names, path)
     return OneStage(prompt, torch.stack([f.mean(0) for f in f_des]), learner, settings)
-
-
-def evaluate_side(learner, settings, class_names, items, known, args):
-    """Accuracy of the readings on one side's classes, base or novel: dict reading -> percent."""
-    learner.set_classes(class_names)
-    return evaluation.evaluate_items(learner, settings, items, known, args)
-
-
-def harmonic_means(base, novel):
-    """HM of each reading: dict reading -> percent."""
-    return {reading: evaluation.harmonic_mean(base[reading], novel[reading]) for reading in base}
 
 
 def learnt_W(learner):

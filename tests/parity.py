@@ -566,7 +566,7 @@ def check_picks(report, theirs):
     for n in (20, 6, 5):                                    # train, val, test; scarce classes, too
         part = [data.Item(f"{label}/{i}", label) for label in range(9) for i in range(n - label)]
         parts.append(rng.sample(part, len(part)))
-    dataset = data.Dataset("parity", "", names, *parts, [])
+    dataset = data.Dataset(names, *parts)
     picker = theirs.picker
     for seed in (1, 2, 3):
         task = data.few_shot_task(dataset, "base", 16, seed)

@@ -827,6 +827,44 @@ def test_a_dataset_of_ones_own_without_test_is_tested_on_val(tmp_path):
     assert counts(dataset) == [[3] * 4, [0] * 4, [3] * 4] and "no test/" in dataset.notes[1]
 
 
+def test_pictures_that_lie_flat_in_train_and_test_are_no_classes(tmp_path):
+    for part in ("train", "test"):
+        for i in range(6):
+            worlds.write_image(str(tmp_path / "birds" / part / f"{i}.jpg"), 1, i)
+    with pytest.raises(ValueError) as error:
+        data.load_dataset(tmp_path / "birds")
+    one_line(error, "has test and train, but no class folders in train/", "train/ and test/")
+
+
+def test_a_class_without_test_images_is_named_before_anything_is_learnt(tmp_path):
+    worlds.own_split_tree(tmp_path / "birds")
+    file = tmp_path / "birds" / "split.json"
+    split = json.loads(file.read_text())
+    split["test"] = [row for row in split["test"] if row[1] != 2]
+    file.write_text(json.dumps(split))
+    with pytest.raises(ValueError) as error:
+        data.load_dataset(tmp_path / "birds")
+    one_line(error, "has no test image of Finch (zebra)")
+
+
+def test_kept_features_are_of_the_same_libraries(tmp_path, monkeypatch):
+    worlds.own_split_tree(tmp_path / "birds")
+    images = data.Images(data.load_dataset(tmp_path / "birds").train, data.train_transform(32), 1)
+    before = data.KeptFeatures(tmp_path, ["a CLIP"], images).path(1)
+    assert data.KeptFeatures(tmp_path, ["a CLIP"], images).path(1) == before
+    monkeypatch.setattr(data.PIL, "__version__", "0.0")
+    assert data.KeptFeatures(tmp_path, ["a CLIP"], images).path(1) != before
+
+
+@pytest.mark.parametrize("text", [
+    "Okay, the user wants a lamp.\n</think>\nA lamp has a shade.",
+    "<think>\nOkay, a lamp.\n</think>\nA lamp has a shade.\n<think>\nIs that all there is?",
+    "A lamp has a shade."])
+def test_thoughts_of_a_model_are_no_sentences(text):
+    assert data.read_answer(text) == ["A lamp has a shade."]
+    assert data.read_answer("<think>\nThe user asks for a lamp.") == []
+
+
 @pytest.mark.parametrize("images", ["images", ""])
 def test_images_with_a_split_json_are_a_dataset(tmp_path, images):
     names = worlds.own_split_tree(tmp_path / "birds", images=images)

@@ -595,6 +595,43 @@ def test_of_two_copies_of_a_run_the_table_takes_the_one_that_compares(tmp_path, 
     assert "OWN SPLIT" not in text
 
 
+def test_runs_with_an_anchor_from_a_file_fill_their_cell_and_say_so(tmp_path, capsys):
+    made_up(tmp_path, "dtd", base=70.0, anchor="model-12345678")
+    rows, text = table(capsys, "1", tmp_path)
+    assert rows["dtd", "CoOp + AnchorOPT"][0] == "70.00"
+    assert "run with anchor model-12345678 (CoOp + AnchorOPT, dtd)" in notes_in(text)
+
+
+def test_a_copy_of_a_seed_beside_it_counts_for_nobody(tmp_path, capsys):
+    folder = made_up(tmp_path, "dtd")
+    shutil.copytree(folder, folder.with_name("seed1.bak"))
+    refused(capsys, evaluation, [tmp_path], "are both seed 1 of one run: move one")
+
+
+def test_one_run_named_in_two_ways_stays_one(tmp_path, capsys, monkeypatch):
+    made_up(tmp_path / "output", "dtd")
+    folder = made_up(tmp_path / "output", "dtd", seed=2)
+    monkeypatch.chdir(tmp_path)
+    assert run(evaluation, "output", folder) == 0
+    assert "seeds 1, 2" in capsys.readouterr().out
+    rows, text = table(capsys, "1", "output", folder)
+    assert rows["dtd", "CoOp + AnchorOPT"][-1] == "seeds 1, 2" and "left out" not in text
+
+
+def test_the_same_run_in_two_trees_is_left_out_without_empty_brackets(tmp_path, capsys):
+    for tree in ("a", "b"):
+        made_up(tmp_path / tree, "dtd")
+    _, text = table(capsys, "1", tmp_path / "a", tmp_path / "b")
+    (note,) = [note for note in notes_in(text) if "left out" in note]
+    assert "()" not in note
+
+
+def test_a_result_whose_novel_side_has_gone_is_named(tmp_path, capsys):
+    path = made_up(tmp_path, "dtd") / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"novel": None}))
+    refused(capsys, evaluation, [tmp_path, "--table", "1"], "is not a results.json of stage2.py")
+
+
 # ---------------------------------------------------------------------------- notes travel
 
 def differences(rows, block, label):

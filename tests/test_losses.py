@@ -46,6 +46,9 @@ def test_anchor_mse_names_what_does_not_match():
         losses.anchor_mse(torch.zeros(4, 2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"shapes \(4, 2\) and \(4, 3\) differ"):
         losses.anchor_mse(torch.zeros(4, 2), torch.zeros(4, 3))
+    for width in (1, 3):                                    # 1 would be broadcast
+        with pytest.raises(ValueError, match="must be 2 wide"):
+            losses.anchor_mse(torch.zeros(2, 2), [torch.zeros(5, 2), torch.zeros(1, width)])
 
 
 def test_cross_entropy_is_eq10():

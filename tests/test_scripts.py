@@ -488,7 +488,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, caps
         codes.append(run(stage2, "--output", tmp_path / "broken", *options))
     assert codes[1:].count(130) >= 2 and codes[-1] == 0
     stopped = capsys.readouterr().err.splitlines()
-    assert {"stage2.py: stopped; finished epochs are kept, the same command goes on from there"} \
+    assert {"stage2.py: stopped; what is finished is kept, the same command goes on from there"} \
         == set(stopped)
     assert_same_to_the_bit(tmp_path / "unbroken", tmp_path / "broken")
 
@@ -623,6 +623,107 @@ def test_an_anchor_of_other_descriptions_is_refused(tmp_path, capsys, own_descri
     worlds.one_line(refused(capsys, stage1, *command), f"{file} was made with other descriptions' "
                     f"sentences than there are now; choose another --output, or remove "
                     f"{file.parent}")
+
+
+@pytest.fixture
+def changed_table(monkeypatch):
+    """A function that changes a setting of every row of assets/settings.csv, as an update would."""
+    def change(**values):
+        rows = [row | {key: str(value) for key, value in values.items() if row[key]}
+                for row in stage1.settings_rows()]
+        monkeypatch.setattr(stage1, "settings_rows", lambda: rows)
+    return change
+
+
+def test_what_was_begun_with_another_table_of_settings_does_not_go_on(tmp_path, capsys, monkeypatch,
+                                                                      changed_table):
+    command = ["--template", "plain", "--output", tmp_path]
+    stop_at(monkeypatch, "cross_entropy", 5)
+    assert run(stage2, *command, "--batch-size", TRAIN) == 130
+    capsys.readouterr()
+    changed_table(lr=0.5)
+    line = refused(capsys, stage2, *command, "--batch-size", TRAIN)
+    worlds.one_line(line, "last.pt was made with other lr than there are now", "to begin anew")
+
+
+def test_an_anchor_of_another_table_of_settings_is_refused(tmp_path, capsys, changed_table):
+    command = ["--output", tmp_path]
+    changed_table(anchor_epochs=1)
+    assert run(stage1, *command) == 0
+    capsys.readouterr()
+    changed_table(anchor_epochs=2)
+    line = refused(capsys, stage1, *command)
+    worlds.one_line(line, "anchor.pt was made with other anchor_epochs")
+
+
+def test_overwrite_removes_nothing_before_the_run_can_begin(tmp_path, capsys):
+    command = ["--template", "plain", "--epochs", 1, "--output", tmp_path]
+    assert run(stage2, *command) == 0
+    before = results(one_run(tmp_path))
+    refused(capsys, stage2, *command, "--overwrite", "--device", "cuda:77")
+    assert results(one_run(tmp_path)) == before
+
+
+def test_a_run_that_is_stopped_in_its_evaluation_draws_the_same_W_again(tmp_path, capsys,
+                                                                        monkeypatch):
+    command = ["--test-position", "sample", "--epochs", 3, "--anchor-epochs", 1, "--output"]
+    assert run(stage2, *command, tmp_path / "a") == 0
+
+    def stops(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", stops)
+        assert run(stage2, *command, tmp_path / "b") == 130
+    assert run(stage2, *command, tmp_path / "b") == 0
+    assert "stage II: going on after epoch 3" in capsys.readouterr().out
+    assert_same_to_the_bit(tmp_path / "a", tmp_path / "b")
+
+
+def test_an_anchor_that_knows_novel_classes_is_refused(tmp_path, capsys):
+    command = ["--anchor-epochs", 1, "--output", tmp_path]
+    assert run(stage1, "--classes", "all", *command) == 0
+    (file,) = tmp_path.rglob("anchor.pt")
+    line = refused(capsys, stage2, "--anchor", file, "--epochs", 1, "--output", tmp_path / "o")
+    worlds.one_line(line, f"learnt from descriptions of {BASE} classes that are novel here",
+                    "--classes all")
+    assert run(stage2, "--anchor", file, "--epochs", 1, "--classes", "all", "--output",
+               tmp_path / "o") == 0
+
+
+def test_two_classes_are_no_base_and_novel(tmp_path, capsys, clip_file):
+    for name in ("cat", "dog"):
+        for i in range(6):
+            worlds.write_image(str(tmp_path / "pets" / name / f"{i}.jpg"), len(name), i)
+    command = ["--dataset", tmp_path / "pets", "--clip", clip_file, "--template", "plain",
+               "--epochs", 1, "--output", tmp_path / "o"]
+    worlds.one_line(refused(capsys, stage2, *command), "pets has 2 classes", "--classes all")
+    assert run(stage2, *command, "--classes", "all") == 0
+
+
+def test_workers_without_shared_memory_end_in_one_line(capsys):
+    def no_shared_memory(args):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")
+    assert stage1.run_script("stage2.py", no_shared_memory, stage2.parse([])) == 2
+    worlds.one_line(capsys.readouterr().err, "Bus error", "--workers 0", "--shm-size")
+
+    def other_fault(args):
+        raise RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="of ours"):
+        stage1.run_script("stage2.py", other_fault, stage2.parse([]))
+
+
+def test_advice_names_options_that_the_script_has(capsys):
+    def out_of_memory(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def stopped(args):
+        raise KeyboardInterrupt
+    stage1.run_script("stage2.py", out_of_memory, stage2.parse([]))
+    assert "lower --test-batch, lower --batch-size, set --class-chunk" in capsys.readouterr().err
+    stage1.run_script("eval.py", out_of_memory, evaluation.parse(["x"]))
+    assert "--batch-size" not in capsys.readouterr().err
+    assert stage1.run_script("stage2.py", stopped, stage2.parse(["--overwrite"])) == 130
+    assert "the same command without --overwrite goes on" in capsys.readouterr().err
 
 
 def test_an_anchor_outlives_its_descriptions_and_those_of_novel_classes(tmp_path, capsys,
