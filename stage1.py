@@ -418,13 +418,19 @@ def number(text):
     return text
 
 
+CELL = ("baseline", "template", "dataset", "classes")       # what a row of the table is for
+
+
 @functools.cache
 def settings_rows():
+    """The rows of the table: pairs of dicts, for which cell, and what a row sets there."""
+    rows = []
     with open(SETTINGS_FILE, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-CELL = ("baseline", "template", "dataset", "classes")       # what a row of the table is for
+        for row in csv.DictReader(file):
+            del row["source"]
+            cell = {key: row.pop(key) for key in CELL}
+            rows.append((cell, {key: number(text) for key, text in row.items() if text}))
+    return rows
 
 
 def default_settings(dataset, baseline, template, classes=None, one_stage=False):
@@ -446,9 +452,9 @@ def default_settings(dataset, baseline, template, classes=None, one_stage=False)
         return settings | {"template": "plain", "prompt": prompt}
 
     # The rows of the table that are for this cell, each over those above it.
-    for row in settings_rows():
-        if all(row[key] in ("*", settings[key]) for key in CELL):
-            settings |= row_settings(row)
+    for cell, values in settings_rows():
+        if all(cell[key] in ("*", settings[key]) for key in CELL):
+            settings |= values
     # What belongs to a template.
     if template == "atprompt":
         settings["attributes"] = settings.get("attributes", "").split()
@@ -461,12 +467,6 @@ def default_settings(dataset, baseline, template, classes=None, one_stage=False)
 
     unused = unused_settings(baseline, template, one_stage)
     return {key: value for key, value in settings.items() if key not in unused}
-
-
-def row_settings(row):
-    """What a row of the table sets: its filled fields, but those that say for which cell."""
-    return {key: number(value) for key, value in row.items()
-            if value and key not in (*CELL, "source")}
 
 
 def unused_settings(baseline, template, one_stage):
@@ -498,11 +498,11 @@ def shared_settings(settings, one_stage):
 
 def note_on_own(settings):
     """Says which settings of a dataset of one's own are those that most of the eleven share."""
-    cell = settings["baseline"], settings["template"]
     shared = set()
-    for row in settings_rows():
-        if row["dataset"] in ELEVEN and (row["baseline"], row["template"]) == cell:
-            shared |= row_settings(row).keys() & settings.keys()
+    for cell, values in settings_rows():
+        same = all(cell[key] in ("*", settings[key]) for key in ("baseline", "template", "classes"))
+        if same and cell["dataset"] in ELEVEN:
+            shared |= values.keys() & settings.keys()
     if shared:
         values = ", ".join(f"{key} {settings[key]}" for key in sorted(shared))
         print(f"note: {settings['dataset']} has no row in assets/settings.csv; as most of the "

@@ -629,8 +629,8 @@ def test_an_anchor_of_other_descriptions_is_refused(tmp_path, capsys, own_descri
 def changed_table(monkeypatch):
     """A function that changes a setting of every row of assets/settings.csv, as an update would."""
     def change(**values):
-        rows = [row | {key: str(value) for key, value in values.items() if row[key]}
-                for row in stage1.settings_rows()]
+        rows = [(cell, old | {key: value for key, value in values.items() if key in old})
+                for cell, old in stage1.settings_rows()]
         monkeypatch.setattr(stage1, "settings_rows", lambda: rows)
     return change
 
