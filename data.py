@@ -713,15 +713,16 @@ def near(here, part, rest, loose):
     names.
     """
     wanted = os.path.join(here, part)
-    others = [name for name in sorted(os.listdir(here)) if name != part]
-    alike = [name for name in others if same_but_case(name, part, rest)]
+    folders = [name for name in subfolders(here) if name != part]
+    alike = [name for name in sorted(os.listdir(here))
+             if name != part and same_but_case(name, part, rest)]
     if loose and rest:
-        alike += [name for name in others if name not in alike]
+        alike += folders
     for other in alike:                         # Images/ for images/, x.JPG for x.jpg
         found = os.path.join(here, other)
         if os.path.exists(os.path.join(found, *rest)):
             return rename(found, wanted, rest)
-    for other in others:                        # cars_train/cars_train/
+    for other in folders:                       # cars_train/cars_train/
         found = os.path.join(here, other)
         if os.path.exists(os.path.join(found, part, *rest)):
             return f"it is one folder deeper: move what is in {found} up into {here}"
