@@ -815,10 +815,10 @@ def run_script(name, run, args):
         run(args)
         return 0
     except KeyboardInterrupt:
-        command = "the same command"
+        again = "goes on from there"
         if getattr(args, "overwrite", False):
-            command += " without --overwrite"
-        complain(name, f"stopped; what is finished is kept, {command} goes on from there")
+            again = "begins anew, for its --overwrite"
+        complain(name, f"stopped; what is finished is kept, the same command {again}")
         return 130
     except torch.OutOfMemoryError as error:
         reason = str(error).split(".")[0]

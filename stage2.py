@@ -169,13 +169,13 @@ def run_seed(args, settings, seed, dataset, get_clip):
         clip_model = get_clip()
         task = with_notes(task, settings)
         check_before_learning(clip_model, task, dataset, settings)
-        if args.overwrite:
-            remove_run(folder)
         clock = Clock()
 
         # The anchor: Stage I, or where it was learnt before.
         anchor_tokens = find_anchor(clip_model, task, args, settings, seed)
         clock.lap("stage1")
+        if args.overwrite:                      # now that nothing is missing any more
+            remove_run(folder)
 
         # The learner: a template in a baseline, with this seed's start values.
         torch.manual_seed(seed)

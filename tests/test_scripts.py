@@ -656,11 +656,18 @@ def test_an_anchor_of_another_table_of_settings_is_refused(tmp_path, capsys, cha
     worlds.one_line(line, "anchor.pt was made with other anchor_epochs")
 
 
-def test_overwrite_removes_nothing_before_the_run_can_begin(tmp_path, capsys):
-    command = ["--template", "plain", "--epochs", 1, "--output", tmp_path]
+def test_overwrite_removes_nothing_before_the_run_can_begin(tmp_path, capsys, monkeypatch,
+                                                            own_descriptions):
+    command = [*QUICK, "--output", tmp_path]
     assert run(stage2, *command) == 0
     before = results(one_run(tmp_path))
     refused(capsys, stage2, *command, "--overwrite", "--device", "cuda:77")
+    (anchor_file,) = tmp_path.rglob("anchor.pt")
+    anchor_file.write_bytes(b"damaged")
+    path, _ = own_descriptions
+    path.write_text("{}")
+    monkeypatch.chdir(tmp_path)                 # an aliases file is written here
+    worlds.one_line(refused(capsys, stage2, *command, "--overwrite"), "no description of")
     assert results(one_run(tmp_path)) == before
 
 
@@ -723,7 +730,7 @@ def test_advice_names_options_that_the_script_has(capsys):
     stage1.run_script("eval.py", out_of_memory, evaluation.parse(["x"]))
     assert "--batch-size" not in capsys.readouterr().err
     assert stage1.run_script("stage2.py", stopped, stage2.parse(["--overwrite"])) == 130
-    assert "the same command without --overwrite goes on" in capsys.readouterr().err
+    assert "the same command begins anew, for its --overwrite" in capsys.readouterr().err
 
 
 def test_an_anchor_outlives_its_descriptions_and_those_of_novel_classes(tmp_path, capsys,
