@@ -588,7 +588,8 @@ def load_results(paths):
                                     "to (--output)")
         files = sorted(path.rglob("results.json")) if path.is_dir() else [path]
         found |= {file.resolve(): file for file in files}
-    results, folders = [load_result(path) for path in found.values()], {}
+    results = [load_result(path) for path in found.values()]
+    folders = {}                                            # of each seed of a run
     for result in results:
         folder = folders.setdefault((group(result), result["seed"]), result["folder"])
         if folder is not result["folder"]:

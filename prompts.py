@@ -443,10 +443,11 @@ class AnchorTemplate(PlainTemplate):
         if arrangement == "adaptive":                               # theta_pos
             matrix = PositionMatrix(n_soft + n_anchor, tau, test_position)
             self.position_matrix = matrix.to(device)
-        else:
+        elif self.anchor_in_suffix:
             W = torch.eye(n_soft, n_soft + n_anchor)                # no row takes an anchor
-            if not self.anchor_in_suffix:
-                W = fixed_matrix(arrangement, n_soft, n_anchor)
+            self.register_buffer("fixed_W", W.to(device), persistent=False)
+        else:
+            W = fixed_matrix(arrangement, n_soft, n_anchor)
             self.register_buffer("fixed_W", W.to(device), persistent=False)
 
     def forward(self, shift=None):
