@@ -176,13 +176,12 @@ def load_dataset(name, root=None, seed=1):
     with advised(f"images come from {row.source}, split files and layout from {GUIDE}"):
         if not os.path.isdir(folder):
             raise missing_dataset(known, root, folder)
-        parts = READERS[row.kind](row, folder, seed)
-        parts = with_clean_names(parts, os.path.join(folder, row.split))
-    notes = list(parts.notes)
-    if len(parts.class_names) != row.classes:
-        notes.append(f"{len(parts.class_names)} classes found, the full dataset has {row.classes}: "
-                     "figures on it do not compare with published ones")
-    return named(known, folder, parts, notes)
+        dataset = READERS[row.kind](row, folder, seed)
+        notes = list(dataset.notes)
+        if len(dataset.class_names) != row.classes:
+            notes.append(f"{len(dataset.class_names)} classes found, the full dataset has "
+                         f"{row.classes}: figures on it do not compare with published ones")
+        return completed(dataset, known, folder, notes, os.path.join(folder, row.split))
 
 
 def load_own(path, seed):
@@ -191,16 +190,12 @@ def load_own(path, seed):
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"the dataset's folder {path} does not exist")
     with advised(OWN_LAYOUT):
-        parts = with_clean_names(read_own(folder, seed), folder)
-        if len(parts.class_names) < 2:
-            raise ValueError(f"{folder} has one class alone, {parts.class_names[0]!r}")
-    notes = ["a dataset of one's own: its figures compare with nobody's", *parts.notes]
-    return named(own_name(folder), folder, parts, notes)
-
-
-def named(name, folder, parts, notes):
-    """What a reader has returned, with the dataset's name and folder."""
-    return parts._replace(name=name, folder=folder, notes=[f"{name}: {note}" for note in notes])
+        dataset = read_own(folder, seed)
+        notes = ["a dataset of one's own: its figures compare with nobody's", *dataset.notes]
+        dataset = completed(dataset, own_name(folder), folder, notes, folder)
+        if len(dataset.class_names) < 2:
+            raise ValueError(f"{folder} has one class alone, {dataset.class_names[0]!r}")
+        return dataset
 
 
 def own_name(folder):
@@ -213,15 +208,19 @@ def own_name(folder):
     return name
 
 
-def with_clean_names(parts, split):
-    """Class names as CLIP reads them. ValueError where a class has no image to learn or test on."""
-    class_names = [class_name.replace("_", " ") for class_name in parts.class_names]
-    for part, items in (("train", parts.train), ("test", parts.test)):
+def completed(dataset, name, folder, notes, split):
+    """What a reader has returned, with names: the dataset's, and the classes' as CLIP reads them.
+
+    ValueError, naming the file `split`, where a class has no image to learn or to test on.
+    """
+    class_names = [class_name.replace("_", " ") for class_name in dataset.class_names]
+    for part, items in (("train", dataset.train), ("test", dataset.test)):
         present = {item.label for item in items}
         absent = [name for label, name in enumerate(class_names) if label not in present]
         if items and absent:
             raise ValueError(f"{split} has no {part} image of {', '.join(absent)}")
-    return parts._replace(class_names=class_names)
+    return dataset._replace(class_names=class_names, name=name, folder=folder,
+                            notes=[f"{name}: {note}" for note in notes])
 
 
 def unknown_name(name, root):
@@ -303,7 +302,9 @@ def read_split_file(file, folders, top):
     for folder in reversed(folders):
         if any(os.path.exists(os.path.join(folder, path)) for path in paths["train"][:20]):
             images = folder
-    prefix = needless_prefix(paths["train"][0], images)
+    prefix, first = "", paths["train"][0]
+    if not os.path.exists(os.path.join(images, first)):
+        prefix = needless_prefix(first, images)
     parts = {part: [] for part in SPLIT}
     for part in SPLIT:
         for path, (_, label, _) in zip(paths[part], split[part]):
@@ -346,8 +347,6 @@ def needless_prefix(path, images):
     "data/eurosat/2750/River/River_7.jpg", for images in .../2750, gives "data/eurosat/2750/".
     """
     before, folder, _ = path.rpartition(f"{os.path.basename(images)}/")
-    if not folder or os.path.exists(os.path.join(images, path)):
-        return ""
     return before + folder
 
 
@@ -763,17 +762,15 @@ def few_shot(train, val, shots=16, seed=1):
     if shots < 1:
         raise ValueError(f"shots must be at least 1, not {shots}")
     rng = random.Random(seed)                               # the stream of random.seed(seed)
-
-    def pick(items, n):
-        picked = []
-        for same_label in group_by(lambda item: item.label, items).values():
+    picked_train, picked_val = [], []
+    for items, n, picked in ((train, shots, picked_train), (val, min(shots, 4), picked_val)):
+        of_label = {}
+        for item in items:
+            of_label.setdefault(item.label, []).append(item)
+        for same_label in of_label.values():
             if len(same_label) >= n:
                 same_label = rng.sample(same_label, n)
             picked += same_label
-        return picked
-
-    picked_train = pick(train, shots)
-    picked_val = pick(val, min(shots, 4))
     return picked_train, picked_val
 
 
@@ -801,11 +798,17 @@ class Task(NamedTuple):
 
 
 def few_shot_task(dataset, classes="base", shots=16, seed=1):
-    """CoOp's picks of this seed, cut into base and novel classes; classes="all": no novel ones."""
+    """CoOp's picks of this seed, cut into base and novel classes; classes="all": no novel ones.
+
+    Raises ValueError where one side would have one class alone.
+    """
     names = dataset.class_names
     base, novel = list(range(len(names))), []
     if classes == "base":
         base, novel = split_base_novel(names)
+    if 1 in (len(base), len(novel)):
+        raise ValueError(f"{dataset.name} has {len(names)} classes, and one side of base and novel "
+                         "would have one alone, which is no choice: --classes all")
     picked, _ = few_shot(dataset.train, dataset.val, shots, seed)
     train = take(picked, base)
     notes = list(dataset.notes)
@@ -825,16 +828,16 @@ def digests(dataset, task):
 
     An image counts by its path below the dataset's folder and its label.
     """
-    def images(items):
+    images = []
+    for items in (task.train, task.test_base, task.test_novel):
         rows = []
         for item in items:
             path = os.path.relpath(item.source, dataset.folder)
             rows.append((pathlib.Path(path).as_posix(), item.label))
-        return digest(rows)
-
+        images.append(digest(rows))
     return {"class names": digest([task.base_names, task.novel_names]),
-            "training images": images(task.train),
-            "test images": digest([images(task.test_base), images(task.test_novel)])}
+            "training images": images[0],
+            "test images": digest(images[1:])}
 
 
 def digest(value):
@@ -875,7 +878,7 @@ def load_descriptions(path, class_names, max_descriptions=10, aliases=None, note
         raise ValueError(f"--max-descriptions must be at least 1, not {max_descriptions}")
     with advised("expected class name -> list of sentences"):
         found = read_json_object(path)
-    given = read_aliases(aliases)
+    given = {} if aliases is None else read_aliases(aliases)
     chosen, by_words = match_keys(class_names, found, given, path)
     missing = [name for name in dict.fromkeys(class_names) if name not in chosen]
     if missing:
@@ -915,7 +918,7 @@ def sentences_of(value, key, path):
     if not isinstance(value, list) or not all(isinstance(sentence, str) for sentence in value):
         raise ValueError(f"{path}: {key!r} must have a list of sentences, not "
                          f"{json.dumps(value)[:60]}")
-    kept = [" ".join(sentence.split()) for sentence in value if words(sentence)]
+    kept = [" ".join(sentence.split()) for sentence in value if any(map(str.isalnum, sentence))]
     if not kept:
         raise ValueError(f"{path}: the list of {key!r} is empty; write a sentence that answers "
                          f"\"What does a {key} look like?\"")
@@ -988,8 +991,6 @@ def group_by(function, values):
 
 def read_aliases(aliases):
     """dict plain class name -> key, without those still empty. aliases: see `load_descriptions`."""
-    if aliases is None:
-        return {}
     if not isinstance(aliases, dict):
         path = aliases
         with advised("expected class name -> key of the description file"):
@@ -1060,11 +1061,13 @@ def test_transform(resolution):
                       T.CenterCrop(resolution), T.PILToTensor()])
 
 
-def normalize(crops):
+def normalize(crops, device=None):
     """Crops (..., 3, R, R) uint8 -> what CLIP reads: float32, by its training images' mean and std.
 
-    Crops stay uint8 until here: a quarter of the memory, and of the way to the GPU.
+    device: where they go first, still uint8, a quarter of the memory (default: they stay).
     """
+    if device is not None:
+        crops = crops.to(device, non_blocking=True)
     mean, std = _mean_and_std(crops.device)
     return (crops.float() / 255 - mean) / std
 
@@ -1135,13 +1138,6 @@ class Images(torch.utils.data.Dataset):
             return self.transform(image), label
 
 
-def epoch_batches(n, epochs, batch_size):
-    """The batches of a run, in item order: lists of (epoch, i). No batch spans two epochs."""
-    for epoch in epochs:
-        for start in range(0, n, batch_size):
-            yield [(epoch, i) for i in range(start, min(start + batch_size, n))]
-
-
 ENCODE_BATCH = 256                  # images that go through the frozen image tower at a time
 
 
@@ -1149,65 +1145,55 @@ def loader(images, epochs=(0,), batch_size=ENCODE_BATCH, workers=0, device="cpu"
     """Batches of crops (B, 3, R, R) uint8 and labels (B,), in item order, an epoch after the other.
 
     One DataLoader, and so one set of worker processes, for the whole run: it reads on into the
-    next epoch while the steps of this one run. To go through once. device: where the crops go.
+    next epoch while the steps of this one run. To go through once. No batch spans two epochs.
+    workers: None: 8 or fewer where device, where the crops go, is a GPU of CUDA, else none.
     """
+    on_cuda = torch.device(device).type == "cuda"
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1) if on_cuda else 0
+    n = len(images)
+    batches = ([(epoch, i) for i in range(start, min(start + batch_size, n))]
+               for epoch in epochs for start in range(0, n, batch_size))
     return torch.utils.data.DataLoader(
-        images, batch_sampler=epoch_batches(len(images), epochs, batch_size), num_workers=workers,
-        pin_memory=torch.device(device).type == "cuda",
+        images, batch_sampler=batches, num_workers=workers, pin_memory=on_cuda,
         generator=torch.Generator())                        # leaves the global one alone
 
 
-class EpochFeatures:
+def epoch_features(images, epochs, encode, device, keep_crops=False, kept=None, workers=None):
     """f_I(x) of each epoch's crops, by the frozen image tower, which is the same for every method.
 
-    features[epoch] -> (f (n, d) float32 on CLIP's device, or None; crops (n, 3, R, R) uint8, or
-    None), both in item order. Epochs are asked for in the order of `epochs`.
+    Yields for each of `epochs` f (n, d) float32 on CLIP's device, or None, and crops
+    (n, 3, R, R) uint8, or None; both in item order.
 
     encode: a function normalised images (B, 3, R, R) -> (B, d), or None where nobody needs f.
     keep_crops: whether the crops are needed (MaPLe). kept: a `KeptFeatures`, or None; what stands
     there is read, and no image is opened for it.
     """
+    to_load = [epoch for epoch in epochs if keep_crops or kept is None or not kept.has(epoch)]
+    if to_load:
+        batches = iter(loader(images, to_load, workers=workers, device=device))
+    for epoch in epochs:
+        f = kept.read(epoch) if kept is not None else None
+        own = []                                            # the batches of this epoch
+        if epoch in to_load:
+            own = itertools.islice(batches, math.ceil(len(images) / ENCODE_BATCH))
+        elif f is None:                                     # what was kept turns out damaged
+            own = loader(images, [epoch], workers=workers, device=device)
 
-    def __init__(self, images, epochs, encode, device, keep_crops=False, kept=None, workers=0):
-        self.images = images
-        self.encode = encode
-        self.device = device
-        self.keep_crops = keep_crops
-        self.kept = kept if encode is not None else None
-        self.workers = workers
-        self.to_load = [epoch for epoch in epochs
-                        if keep_crops or self.kept is None or not self.kept.has(epoch)]
-        self.batches = None                                 # begun where there is one to load
-        if self.to_load:
-            self.batches = iter(loader(images, list(self.to_load), workers=workers, device=device))
-
-    def __getitem__(self, epoch):
-        f = self.kept.read(epoch) if self.kept is not None else None
-        if f is not None:
-            f = f.to(self.device)
-        if f is not None and epoch not in self.to_load:
-            return f, None
         parts, crops = [], []
-        for crop, _ in self._batches_of(epoch):
-            if self.keep_crops:
+        for crop, _ in own:
+            if keep_crops:
                 crops.append(crop)
-            if self.encode is not None and f is None:
-                x = normalize(crop.to(self.device, non_blocking=True))
+            if encode is not None and f is None:
                 with torch.no_grad():
-                    parts.append(self.encode(x))
+                    parts.append(encode(normalize(crop, device)))
         if parts:
             f = torch.cat(parts)
-            if self.kept is not None:
-                self.kept.write(epoch, f)
-            f = f.float()
-        return f, torch.cat(crops) if crops else None
-
-    def _batches_of(self, epoch):
-        if self.to_load and self.to_load[0] == epoch:
-            self.to_load.pop(0)
-            return itertools.islice(self.batches, math.ceil(len(self.images) / ENCODE_BATCH))
-        # Its kept file was there, and turned out damaged.
-        return loader(self.images, [epoch], workers=self.workers, device=self.device)
+            if kept is not None:
+                kept.write(epoch, f)
+        if f is not None:
+            f = f.to(device).float()
+        yield f, torch.cat(crops) if crops else None
 
 
 class KeptFeatures:

@@ -127,7 +127,7 @@ def test_batches(learner, settings, items, f_anc, args):
         batch = slice(start, start + batch_size)
         x = None
         if crops is not None:
-            x = data.normalize(next(crops)[0].to(device, non_blocking=True))
+            x = data.normalize(next(crops)[0], device)
         yield None if f is None else f[batch], x, labels[batch]
 
 
@@ -145,10 +145,12 @@ def test_batch_size(learner, n, asked):
 def frozen_features(clip_model, clip_settings, items, cache, workers):
     """f_I of test images by the frozen CLIP: (n, d) float32."""
     images = data.Images(items, data.test_transform(clip_model.visual.input_resolution))
-    kept = stage1.kept_features(clip_model, dict(clip_settings), images, cache)
+    kept = None
+    if cache:
+        kept = stage1.kept_features(clip_model, dict(clip_settings), images, cache)
     encode = functools.partial(encode_image, clip_model)
     device = clip_model.logit_scale.device
-    f, _ = data.EpochFeatures(images, [0], encode, device, kept=kept, workers=workers)[0]
+    f, _ = next(data.epoch_features(images, [0], encode, device, kept=kept, workers=workers))
     return f
 
 
@@ -281,7 +283,7 @@ class Classifier:
         q = [torch.zeros(0, len(self.class_names), device=device)]
         batches = data.loader(images, batch_size=batch_size, workers=workers, device=device)
         for crops, _ in batches:
-            x = data.normalize(crops.to(device))                                # (B, 3, R, R)
+            x = data.normalize(crops, device)                                   # (B, 3, R, R)
             f = encode_image(clip_model, x).float()                             # (B, d)
             logits = infer(self.learner, f, x, self.f_anc, self.known)["final"]
             q.append(logits.softmax(-1))
@@ -591,7 +593,7 @@ def load_results(paths):
     results = [load_result(path) for path in found.values()]
     folders = {}                                            # of each seed of a run
     for result in results:
-        folder = folders.setdefault((group(result), result["seed"]), result["folder"])
+        folder = folders.setdefault((run_key(result), result["seed"]), result["folder"])
         if folder is not result["folder"]:
             raise ValueError(f"{folder} and {result['folder']} are both seed {result['seed']} of "
                              "one run: move one of them elsewhere")
@@ -610,33 +612,30 @@ def listed_seeds(results):
 def markdown_table(header, rows):
     """Lines of Markdown: the first column to the left, the others to the right, "-" for nothing."""
     rows = [[str(cell) or "-" for cell in row] for row in rows]
-    widths = [max(5, *map(len, column)) for column in zip(header, *rows)]
+    first, *widths = [max(5, *map(len, column)) for column in zip(header, *rows)]
+    lines = []
+    for row in [header, *rows]:
+        cells = "".join(f" {cell:>{width}} |" for cell, width in zip(row[1:], widths))
+        lines.append(f"| {row[0]:{first}} |{cells}")
+    rule = f"|:{'-' * (first + 1)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths)
+    return [lines[0], rule, *lines[1:]]
 
-    def line(cells):
-        others = "".join(f" {cell:>{width}} |" for cell, width in zip(cells[1:], widths[1:]))
-        return f"| {cells[0]:{widths[0]}} |{others}"
 
-    rule = f"|:{'-' * (widths[0] + 1)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
-    return [line(header), rule, *map(line, rows)]
-
-
-def group(result):
+def run_key(result):
     """What the seeds of one run share: dataset, the run's name, the folder where it was found."""
     return result["dataset"], result["run"], str(result["folder"].resolve().parent)
 
 
-def with_hm(values):
-    """Adds HM, of the averaged base and novel as the paper does, where there are both."""
-    if "novel" not in values:
-        return values
-    return values | {"hm": harmonic_mean(values["base"], values["novel"])}
-
-
 def values_of(seeds, reading):
-    """Mean base, novel and HM of one reading; base alone where all classes were learnt on."""
+    """Mean base, novel and HM of one reading; base alone where all classes were learnt on.
+
+    The HM is that of the averaged base and novel, as in the paper.
+    """
     sides = ["base", "novel"] if seeds[0]["novel"] else ["base"]
     means = {side: statistics.fmean(seed[side][reading] for seed in seeds) for side in sides}
-    return with_hm(means)
+    if "novel" in means:
+        means["hm"] = harmonic_mean(means["base"], means["novel"])
+    return means
 
 
 MEASURES = ("base", "novel", "hm")
@@ -645,7 +644,7 @@ MEASURES = ("base", "novel", "hm")
 def results_table(results):
     """Table S1's rows for every run: lines of Markdown."""
     lines = []
-    for (dataset, run, _), seeds in data.group_by(group, results).items():
+    for (dataset, run, _), seeds in data.group_by(run_key, results).items():
         rows = []
         for reading in seeds[0]["base"]:
             values = values_of(seeds, reading)
@@ -661,7 +660,7 @@ def summary_table(results, reading):
     The mean HM is that of the mean base and mean novel; its deviation is that of the seeds' HMs.
     """
     rows = []
-    for (dataset, run, _), seeds in data.group_by(group, results).items():
+    for (dataset, run, _), seeds in data.group_by(run_key, results).items():
         if reading not in seeds[0]["base"]:                     # plain prompts have no anchor
             continue
         means = values_of(seeds, reading)
@@ -709,7 +708,7 @@ def draw_figure4(results, path):
     first = {}
     for result in sorted(results, key=lambda result: result["seed"]):
         if result.get("position_matrix"):
-            first.setdefault(group(result), result)
+            first.setdefault(run_key(result), result)
     if not first:
         raise ValueError("no run with a learnt position matrix here; make one: python stage2.py")
     lengths = sorted({result["settings"]["anchor_length"] for result in first.values()})
@@ -919,8 +918,10 @@ def average_cell(table, present, n):
     for measure in table.measures:
         if measure != "hm":                     # HM is that of the averages, as in the paper
             averages[measure] = statistics.fmean(cell.values[measure] for cell in present)
+    if "hm" in table.measures:
+        averages["hm"] = harmonic_mean(averages["base"], averages["novel"])
     comparable = len(present) == n and all(cell.comparable for cell in present)
-    return Cell(with_hm(averages), f"{len(present)} of {n} datasets", comparable)
+    return Cell(averages, f"{len(present)} of {n} datasets", comparable)
 
 
 def fill_from_runs(table, row, results, output):
@@ -1089,60 +1090,48 @@ def print_records(records, measures):
 
 # ---------------------------------------------------------------------------- command line
 
-def parse(argv):
-    parser = stage1.Parser(description=__doc__,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", metavar="RUN",
-                        help="a run's folder, or a folder of many, as output/; with --dataset, "
-                             "--images and --save-text-features also a prompt.pt")
-    group = parser.add_argument_group("what to do (default: list all runs found)")
-    what = group.add_mutually_exclusive_group()
-    what.add_argument("--summary", choices=READINGS,
-                      help="a row per run with the standard deviation over seeds, for this prompt")
-    what.add_argument("--table", type=str.upper, choices=list(TABLES),
-                      help="collect the runs into this table of the paper, beside its figures")
-    what.add_argument("--figure", choices=["4"], help="draw the learnt position matrices")
-    what.add_argument("--dataset", nargs="+", metavar="NAME",
-                      help="evaluate the learnt prompts on all classes of these datasets, named as "
-                           "for stage2.py; writes eval-NAME.json into each run")
-    what.add_argument("--images", nargs="+", metavar="PATH",
-                      help="one RUN: name the likeliest classes of these pictures, or of those in "
-                           "a folder")
-    what.add_argument("--save-text-features", metavar="FILE.npz",
-                      help="one RUN, not of cocoop: write class_names and the prompts' unit text "
-                           "features, normal and anchor (C, d), float32")
-    group = parser.add_argument_group("tables and figures")
-    group.add_argument("--on", metavar="NAME",
-                       help="with --table 1, 3 and 5 to S3: its runs on this dataset instead, one "
-                            "of the eleven or toy (default: the paper's)")
-    group.add_argument("--csv", nargs="?", const="-", metavar="FILE",
-                       help="with --table or --images: write it to FILE as CSV too; --table "
-                            "without FILE: CSV alone, to stdout")
-    group.add_argument("--output", metavar="FILE",
-                       help="with --figure: the picture to write (default: figure4.png)")
-    group = parser.add_argument_group("pictures, text features")
-    group.add_argument("--classes-from", metavar="FILE",
-                       help="a text file of any class names, one a line, words parted by spaces "
-                            "(default: the classes that the run learnt on)")
-    group.add_argument("--top", type=stage1.at_least(1), metavar="K",
-                       help="with --images: how many classes of each picture (default: 5)")
-    group = parser.add_argument_group(
-        "with --dataset, --images, --save-text-features",
-        "A run's own settings say which CLIP it needs; give --clip only where that is a file.")
-    group.add_argument("--root", metavar="DIR",
-                       help="with --dataset: folder that holds the datasets (default: the "
-                            "environment's DATA, else ./data)")
-    stage1.add_clip_options(group, "the run's own, where that has a name", "the run's own, else ")
-    stage1.add_image_options(group)
-    group.add_argument("--overwrite", action="store_true",
-                       help="with --dataset: evaluate again what is finished (default: skip it)")
-    args = parser.parse_args(argv)
-    check_options(parser, args)
-    if args.workers is None:
-        args.workers = stage1.default_workers(args)
-    return args
+EVAL_OPTIONS = argparse.ArgumentParser(add_help=False)
+EVAL_OPTIONS.add_argument("paths", nargs="+", metavar="RUN",
+                          help="a run's folder, or a folder of many, as output/; with --dataset, "
+                               "--images and --save-text-features also a prompt.pt")
+group = EVAL_OPTIONS.add_argument_group("what to do, one of these (default: list all runs found)")
+group.add_argument("--summary", choices=READINGS,
+                   help="a row per run with the standard deviation over seeds, for this prompt")
+group.add_argument("--table", type=str.upper, choices=list(TABLES),
+                   help="collect the runs into this table of the paper, beside its figures")
+group.add_argument("--figure", choices=["4"], help="draw the learnt position matrices")
+group.add_argument("--dataset", nargs="+", metavar="NAME",
+                   help="evaluate the learnt prompts on all classes of these datasets, named as "
+                        "for stage2.py; writes eval-NAME.json into each run")
+group.add_argument("--images", nargs="+", metavar="PATH",
+                   help="one RUN: name the likeliest classes of these pictures, or of those in a "
+                        "folder")
+group.add_argument("--save-text-features", metavar="FILE.npz",
+                   help="one RUN, not of cocoop: write class_names and the prompts' unit text "
+                        "features, normal and anchor (C, d), float32")
+group = EVAL_OPTIONS.add_argument_group("tables and figures")
+group.add_argument("--on", metavar="NAME",
+                   help="with --table 1, 3 and 5 to S3: its runs on this dataset instead, one of "
+                        "the eleven or toy (default: the paper's)")
+group.add_argument("--csv", nargs="?", const="-", metavar="FILE",
+                   help="with --table or --images: write it to FILE as CSV too; --table without "
+                        "FILE: CSV alone, to stdout")
+group.add_argument("--output", metavar="FILE",
+                   help="with --figure: the picture to write (default: figure4.png)")
+group = EVAL_OPTIONS.add_argument_group("pictures, text features")
+group.add_argument("--classes-from", metavar="FILE",
+                   help="a text file of any class names, one a line, words parted by spaces "
+                        "(default: the classes that the run learnt on)")
+group.add_argument("--top", type=stage1.at_least(1), metavar="K",
+                   help="with --images: how many classes of each picture (default: 5)")
+group = EVAL_OPTIONS.add_argument_group("other datasets")
+group.add_argument("--root", metavar="DIR",
+                   help="with --dataset: folder that holds the datasets (default: the "
+                        "environment's DATA, else ./data)")
+group.add_argument("--overwrite", action="store_true",
+                   help="with --dataset: evaluate again what is finished (default: skip it)")
 
-
+WHAT_TO_DO = ("summary", "table", "figure", "dataset", "images", "save_text_features")
 # Options that only mean something beside another one.
 GOES_WITH = {"on": ("table",), "csv": ("table", "images"), "output": ("figure",),
              "classes_from": ("images", "save_text_features"), "overwrite": ("dataset",),
@@ -1150,13 +1139,21 @@ GOES_WITH = {"on": ("table",), "csv": ("table", "images"), "output": ("figure",)
              "test_batch": ("dataset", "images")}
 
 
-def check_options(parser, args):
+def parse(argv):
+    parser = stage1.Parser("eval.py", description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter,
+                           parents=[EVAL_OPTIONS, stage1.CLIP_OPTIONS, stage1.IMAGE_OPTIONS])
+    args = parser.parse_args(argv)
+    given = ["--" + name.replace("_", "-") for name in WHAT_TO_DO if getattr(args, name)]
+    if len(given) > 1:
+        parser.error(f"{' and '.join(given)} do not go together: give one of them")
     for option, needs in GOES_WITH.items():
         if getattr(args, option) and not any(getattr(args, need) for need in needs):
             needed = " or ".join("--" + need.replace("_", "-") for need in needs)
             parser.error(f"--{option.replace('_', '-')} goes with {needed}")
     if args.images and args.csv == "-":
         parser.error("--csv needs a FILE with --images")
+    return args
 
 
 def run(args):

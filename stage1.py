@@ -16,12 +16,14 @@ import collections
 import contextlib
 import csv
 import functools
+import json
 import math
 import os
 import pathlib
 import sys
 import time
 import urllib.parse
+from typing import NamedTuple
 
 import filelock
 import torch
@@ -74,32 +76,39 @@ def scaled_backward(loss, tokens):
     tokens.grad /= 256
 
 
-def description_features(clip_model, descriptions, class_names, path="descriptions"):
+def description_features(clip_model, descriptions, class_names, file="descriptions"):
     """The frozen f_T(t_d) of Eq. 5: C tensors (D_c, d), unit features of each class's sentences.
 
-    Raises ValueError naming the file (path), class and sentence where CLIP cannot read one.
+    descriptions: C lists of str. Raises ValueError naming the file, the class and the sentence
+    where CLIP cannot read one.
     """
     features = []
     for name, sentences in zip(class_names, descriptions):
         try:
             features.append(unit(encode_sentences(clip_model, sentences)))
         except ValueError as error:
-            raise ValueError(f"{path}: the sentences of {name!r}: {error}") from error
+            raise ValueError(f"{file}: the sentences of {name!r}: {error}") from error
     return features
 
 
-def get_anchor(clip_model, class_names, args, settings, seed, renew=False):
+def get_anchor(clip_model, class_names, descriptions, args, settings, seed, renew=False):
     """The anchor tokens (N, d_t) of these settings and this seed: read where they are, else learnt.
 
-    renew: learn a stale or damaged anchor anew. Raises what the files and Stage I raise.
+    descriptions: of these classes, from `read_descriptions`. renew: learn a stale or damaged anchor
+    anew. Raises what the files and Stage I raise.
     """
     folder = anchor_folder(args.output, settings, seed)
     file = folder / "anchor.pt"
+    # All that the anchor depends on: the settings, and what is in the files.
+    facts = {key: settings[key] for key in ANCHOR_SETTINGS}
+    facts |= {"class names": data.digest(list(class_names)),
+              "descriptions' sentences": data.digest(descriptions.sentences)}
+
     # Only one process learns an anchor; others that need it wait, and then find it.
     with only_process(folder, wait=True, what="the anchor"):
         if file.exists():
             try:
-                tokens = own_anchor(file, clip_model, class_names, args, settings)
+                tokens = own_anchor(file, clip_model, settings, facts)
                 print(f"anchor found: {file}", flush=True)
                 return tokens
             except ValueError:
@@ -114,23 +123,16 @@ def get_anchor(clip_model, class_names, args, settings, seed, renew=False):
         # f_T(t_d), the frozen targets, are all that Stage I knows about the classes. Eq. 5 over the
         # D_c sentences of a class has the same gradient as over their mean.
         print("Stage I learns the anchor now", flush=True)
-        sentences, notes = read_descriptions(class_names, args, settings)
-        for note in notes:
-            print(f"note: {note}", flush=True)
-        # All that the anchor depends on: the settings, and what is in the files.
-        facts = {key: settings[key] for key in ANCHOR_SETTINGS}
-        facts |= {"class names": data.digest(list(class_names)),
-                  "descriptions' sentences": data.digest(sentences)}
-        features = description_features(clip_model, sentences, class_names,
-                                        descriptions_file(args, settings))
-        targets = torch.stack([f.mean(0) for f in features])                        # (C, d)
+        features = description_features(clip_model, descriptions.sentences, class_names,
+                                        descriptions.file)                  # C of (D_c, d)
+        targets = torch.stack([f.mean(0) for f in features])                # (C, d)
 
         # t_anc, the anchor prompt, starts from this seed's random theta_a.
         torch.manual_seed(seed)
         prompt = AnchorPrompt(clip_model, class_names, settings["anchor_length"],
                               settings["preposition"], args.class_chunk)
         before = cosine(prompt, features)
-        optimizer = sgd([prompt.tokens], settings["anchor_lr"])                     # theta_a
+        optimizer = sgd([prompt.tokens], settings["anchor_lr"])             # theta_a
 
         # As many steps an epoch as if the few-shot images came in batches of 32 (released run).
         steps = max(1, settings["shots"] * len(class_names) // 32)
@@ -148,7 +150,7 @@ def get_anchor(clip_model, class_names, args, settings, seed, renew=False):
         return prompt.tokens.detach()
 
 
-def own_anchor(file, clip_model, class_names, args, settings):
+def own_anchor(file, clip_model, settings, facts):
     """The tokens of an anchor that `get_anchor` has saved.
 
     Raises ValueError where it is damaged, or was made from what has changed since.
@@ -160,8 +162,10 @@ def own_anchor(file, clip_model, class_names, args, settings):
         raise ValueError(f"{error}; {advice}") from error
     check_anchor(file, tokens, saved, settings, clip_model)
     # The folder's name says the settings where they are not the table's, and the table may change.
-    own = {key: settings[key] for key in ANCHOR_SETTINGS if key in saved}
-    check_unchanged(file, saved, own | anchor_facts(class_names, args, settings), advice)
+    # (Anchors from before a setting was saved lack it.)
+    known = {key: value for key, value in facts.items()
+             if key in saved or key not in ANCHOR_SETTINGS}
+    check_unchanged(file, saved, known, advice)
     return tokens
 
 
@@ -172,30 +176,21 @@ def cosine(prompt, features):
     return torch.stack(per_class).mean().item()
 
 
-def descriptions_file(args, settings):
-    return args.descriptions or data.default_descriptions(settings["dataset"])
+class Descriptions(NamedTuple):
+    """What Stage I learns from."""
+    file: str
+    sentences: list                # of each class: C lists of str
 
 
-def read_descriptions(class_names, args, settings, write_aliases=True):
-    """The sentences of each class (C lists), from --descriptions or the project's own file.
-
-    Returns them, and notes on how they were read. write_aliases: see `data.load_descriptions`.
-    """
+def read_descriptions(class_names, args, settings):
+    """The `Descriptions` of these classes, from --descriptions or the project's own file."""
+    file = args.descriptions or data.default_descriptions(settings["dataset"])
     notes = []
-    path = descriptions_file(args, settings)
-    sentences = data.load_descriptions(path, class_names, settings["max_descriptions"],
-                                       args.aliases, notes, write_aliases)
-    return sentences, notes
-
-
-def anchor_facts(class_names, args, settings):
-    """Digests of what an anchor was made from, as it is now, for `check_unchanged`."""
-    facts = {"class names": data.digest(list(class_names))}
-    # An anchor may outlive its description file, so a missing one is no reason to refuse.
-    with contextlib.suppress(OSError, ValueError):
-        sentences, _ = read_descriptions(class_names, args, settings, write_aliases=False)
-        facts["descriptions' sentences"] = data.digest(sentences)
-    return facts
+    sentences = data.load_descriptions(file, class_names, settings["max_descriptions"],
+                                       args.aliases, notes)
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    return Descriptions(file, sentences)
 
 
 def check_anchor(file, tokens, saved, settings, clip_model):
@@ -229,10 +224,11 @@ def run(args):
     task = data.few_shot_task(dataset, settings["classes"], settings["shots"])
     for note in dataset.notes:
         print(f"note: {note}")
+    descriptions = read_descriptions(task.base_names, args, settings)
     clip_model = load_clip_for(settings, args)
     # The few-shot picks differ between seeds, but no image is read: only theta_a's start does.
     for seed in args.seeds:
-        tokens = get_anchor(clip_model, task.base_names, args, settings, seed)
+        tokens = get_anchor(clip_model, task.base_names, descriptions, args, settings, seed)
         if args.nearest:
             print_nearest(tokens, clip_model, args.nearest)
 
@@ -248,10 +244,8 @@ def print_nearest(tokens, clip_model, k):
 
 def main(argv=None):
     parser = Parser("stage1.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_options(parser)
-    add_anchor_options(parser)
-    add_machine_options(parser)
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    parents=[DATA_OPTIONS, ANCHOR_OPTIONS, CLIP_OPTIONS, RUN_OPTIONS])
     parser.add_argument("--nearest", type=at_least(0), default=0, metavar="K",
                         help="print the K vocabulary words nearest to each anchor token, S4 "
                              "(default: 0)")
@@ -410,14 +404,6 @@ ANCHOR_SETTINGS = (*CLIP_SETTINGS, "classes", "shots", "anchor_length", "preposi
                    "max_descriptions")
 
 
-def number(text):
-    """The settings table's text -> int, float or str."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
 CELL = ("baseline", "template", "dataset", "classes")       # what a row of the table is for
 
 
@@ -429,7 +415,11 @@ def settings_rows():
         for row in csv.DictReader(file):
             del row["source"]
             cell = {key: row.pop(key) for key in CELL}
-            rows.append((cell, {key: number(text) for key, text in row.items() if text}))
+            values = {key: text for key, text in row.items() if text}
+            for key, text in values.items():
+                with contextlib.suppress(ValueError):           # else it is text: "color shape"
+                    values[key] = json.loads(text)              # 20 or 0.002
+            rows.append((cell, values))
     return rows
 
 
@@ -656,9 +646,7 @@ def load_clip_for(settings, args):
 
 
 def kept_features(clip_model, settings, images, cache):
-    """Where the frozen CLIP's features of these images are kept (--feature-cache), or None."""
-    if not cache:
-        return None
+    """The folder `cache` (--feature-cache) as it keeps the frozen CLIP's features of images."""
     # The precision as it is, too: "default" is another one on a GPU.
     what = [settings[key] for key in CLIP_SETTINGS] + [str(clip_model.dtype)]
     return data.KeptFeatures(cache, what, images)
@@ -714,99 +702,92 @@ def not_negative(text):
     return value
 
 
-# The options of all scripts. None stands for "not given": the default is the dataset's row.
-OF_THE_ROW = "(default: the cell's value in assets/settings.csv)"
-
-def add_data_options(parser):
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="toy", metavar="NAME",
-                       help=f"one of {', '.join(ELEVEN)}, toy; the folder of a dataset of your "
-                            f"own; or, to test on alone, {', '.join(VARIANTS)} (default: toy)")
-    group.add_argument("--root", metavar="DIR",
-                       help="folder that holds the datasets (default: the environment's DATA, "
-                            "else ./data)")
-    group.add_argument("--shots", type=at_least(1), metavar="K",
-                       help="training images a class; Stage I has K x classes / 32 steps an epoch "
-                            "(default: 16)")
-    group.add_argument("--classes", choices=("base", "all"),
-                       help="learn on the first half of the classes, the others being novel; or on "
-                            "all (default: base)")
-    group.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], metavar="K",
-                       help="of few-shot picks, start values and order: a run each (default: 1)")
-
-
-def add_anchor_options(parser):
-    group = parser.add_argument_group("anchor, Stage I (--template anchoropt)")
-    group.add_argument("--descriptions", metavar="FILE",
-                       help="JSON, class -> list of sentences (default: the file in "
-                            "assets/descriptions/; a dataset of your own needs one)")
-    group.add_argument("--aliases", metavar="FILE",
-                       help="JSON, class -> its key in the description file (default: none)")
-    group.add_argument("--max-descriptions", type=at_least(1), metavar="D",
-                       help="use the first D sentences of each class (default: 10; imagenet 5)")
-    group.add_argument("--anchor-length", type=at_least(1), metavar="N",
-                       help="N anchor tokens, Tab. 7 (default: 1)")
-    group.add_argument("--preposition", metavar="WORD",
-                       help="of, with, at, sun, sea, any word, or none: Tabs. 6 and S2 "
-                            "(default: of)")
-    group.add_argument("--anchor-epochs", type=at_least(0), metavar="T",
-                       help=f"epochs of Stage I; none with --one-stage {OF_THE_ROW}")
-    group.add_argument("--anchor-lr", type=positive, metavar="LR",
-                       help="learning rate of Stage I (default: 0.002)")
-    group.add_argument("--anchor-weight", type=not_negative, metavar="WEIGHT",
-                       help=f"factor before Eq. 5 {OF_THE_ROW}")
-
-
-def add_clip_options(group, default_clip, default_dtype=""):
-    group.add_argument("--clip", metavar="NAME_OR_FILE",
-                       help=f"one of {', '.join(clip.available_models())}; or a checkpoint file: "
-                            f"OpenAI's, OpenCLIP's or HuggingFace's (default: {default_clip})")
-    group.add_argument("--device", default=default_device(),
-                       help="cpu, cuda, cuda:1, mps (default: cuda or mps where there is one; here "
-                            "%(default)s)")
-    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
-                       help=f"of the frozen CLIP (default: {default_dtype}float16 on CUDA, else "
-                            "float32)")
-    group.add_argument("--class-chunk", type=at_least(0), default=0, metavar="C",
-                       help="encode this many classes at a time, to save memory (default: 0, all)")
-
-
-def add_machine_options(parser):
-    group = parser.add_argument_group("machine")
-    add_clip_options(group, "ViT-B/16; the toy CLIP for --dataset toy")
-    group.add_argument("--activation", choices=("quickgelu", "gelu"),
-                       help="of a CLIP file that is not OpenAI's; most of OpenCLIP's have gelu "
-                            "(default: quickgelu)")
-    group.add_argument("--vision-heads", type=at_least(1), metavar="H",
-                       help="attention heads of such a file's image tower; OpenCLIP's ViT-H, -g "
-                            "and -bigG have 16 (default: width / 64)")
-    group.add_argument("--text-heads", type=at_least(1), metavar="H",
-                       help="attention heads of such a file's text tower (default: width / 64)")
-    group.add_argument("--output", default="output", metavar="DIR",
-                       help="folder that all runs are written to (default: output)")
-
-
-def add_image_options(group):
-    group.add_argument("--workers", type=at_least(0), metavar="N",
-                       help="processes that load images (default: 8 or fewer on CUDA, else 0)")
-    group.add_argument("--test-batch", type=at_least(1), metavar="B",
-                       help="test images at a time for cocoop, maple and --test-position sample "
-                            "(default: 100; maple 200)")
-    group.add_argument("--feature-cache", metavar="DIR",
-                       help="a folder that keeps the frozen CLIP's image features: what is there "
-                            "is read, what is not is written (default: none)")
-
-
 def default_device():
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def default_workers(args):
-    if args.device.startswith("cuda"):
-        return min(8, os.cpu_count() or 1)
-    return 0
+# The options that scripts share, as argparse's parents. None stands for "not given": the default is
+# the dataset's row.
+OF_THE_ROW = "(default: the cell's value in assets/settings.csv)"
+
+DATA_OPTIONS = argparse.ArgumentParser(add_help=False)
+group = DATA_OPTIONS.add_argument_group("data")
+group.add_argument("--dataset", default="toy", metavar="NAME",
+                   help=f"one of {', '.join(ELEVEN)}, toy; the folder of a dataset of your own; "
+                        f"or, to test on alone, {', '.join(VARIANTS)} (default: toy)")
+group.add_argument("--root", metavar="DIR",
+                   help="folder that holds the datasets (default: the environment's DATA, else "
+                        "./data)")
+group.add_argument("--shots", type=at_least(1), metavar="K",
+                   help="training images a class; Stage I has K x classes / 32 steps an epoch "
+                        "(default: 16)")
+group.add_argument("--classes", choices=("base", "all"),
+                   help="learn on the first half of the classes, the others being novel; or on all "
+                        "(default: base)")
+group.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], metavar="K",
+                   help="of few-shot picks, start values and order: a run each (default: 1)")
+
+ANCHOR_OPTIONS = argparse.ArgumentParser(add_help=False)
+group = ANCHOR_OPTIONS.add_argument_group("anchor, Stage I (--template anchoropt)")
+group.add_argument("--descriptions", metavar="FILE",
+                   help="JSON, class -> list of sentences (default: the file in "
+                        "assets/descriptions/; a dataset of your own needs one)")
+group.add_argument("--aliases", metavar="FILE",
+                   help="JSON, class -> its key in the description file (default: none)")
+group.add_argument("--max-descriptions", type=at_least(1), metavar="D",
+                   help="use the first D sentences of each class (default: 10; imagenet 5)")
+group.add_argument("--anchor-length", type=at_least(1), metavar="N",
+                   help="N anchor tokens, Tab. 7 (default: 1)")
+group.add_argument("--preposition", metavar="WORD",
+                   help="of, with, at, sun, sea, any word, or none: Tabs. 6 and S2 (default: of)")
+group.add_argument("--anchor-epochs", type=at_least(0), metavar="T",
+                   help=f"epochs of Stage I; none with --one-stage {OF_THE_ROW}")
+group.add_argument("--anchor-lr", type=positive, metavar="LR",
+                   help="learning rate of Stage I (default: 0.002)")
+group.add_argument("--anchor-weight", type=not_negative, metavar="WEIGHT",
+                   help=f"factor before Eq. 5 {OF_THE_ROW}")
+
+CLIP_OPTIONS = argparse.ArgumentParser(add_help=False)
+group = CLIP_OPTIONS.add_argument_group("CLIP")
+group.add_argument("--clip", metavar="NAME_OR_FILE",
+                   help=f"one of {', '.join(clip.available_models())}; or a checkpoint file: "
+                        "OpenAI's, OpenCLIP's or HuggingFace's (default: ViT-B/16; the toy CLIP "
+                        "for --dataset toy; in eval.py the run's own, where that has a name)")
+group.add_argument("--device", default=default_device(),
+                   help="cpu, cuda, cuda:1, mps (default: cuda or mps where there is one; here "
+                        "%(default)s)")
+group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                   help="of the frozen CLIP (default: in eval.py the run's own, else float16 on "
+                        "CUDA and float32 elsewhere)")
+group.add_argument("--class-chunk", type=at_least(0), default=0, metavar="C",
+                   help="encode this many classes at a time, to save memory (default: 0, all)")
+
+RUN_OPTIONS = argparse.ArgumentParser(add_help=False)
+group = RUN_OPTIONS.add_argument_group("CLIP")
+group.add_argument("--activation", choices=("quickgelu", "gelu"),
+                   help="of a CLIP file that is not OpenAI's; most of OpenCLIP's have gelu "
+                        "(default: quickgelu)")
+group.add_argument("--vision-heads", type=at_least(1), metavar="H",
+                   help="attention heads of such a file's image tower; OpenCLIP's ViT-H, -g and "
+                        "-bigG have 16 (default: width / 64)")
+group.add_argument("--text-heads", type=at_least(1), metavar="H",
+                   help="attention heads of such a file's text tower (default: width / 64)")
+group = RUN_OPTIONS.add_argument_group("results")
+group.add_argument("--output", default="output", metavar="DIR",
+                   help="folder that all runs are written to (default: output)")
+
+IMAGE_OPTIONS = argparse.ArgumentParser(add_help=False)
+group = IMAGE_OPTIONS.add_argument_group("images")
+group.add_argument("--workers", type=at_least(0), metavar="N",
+                   help="processes that load images (default: 8 or fewer on CUDA, else 0)")
+group.add_argument("--test-batch", type=at_least(1), metavar="B",
+                   help="test images at a time for cocoop, maple and --test-position sample "
+                        "(default: 100; maple 200)")
+group.add_argument("--feature-cache", metavar="DIR",
+                   help="a folder that keeps the frozen CLIP's image features: what is there is "
+                        "read, what is not is written (default: none)")
 
 
 def run_script(name, run, args):

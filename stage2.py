@@ -17,7 +17,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 
 import data
 import losses
@@ -27,89 +26,63 @@ import numpy
 import PIL
 import torch
 import torchvision
-from anchor import AnchorPrompt, anchor_features, load_anchor
+from anchor import AnchorPrompt, load_anchor
 from position import hard_assignment, plot_position_matrix
 from prompts import BASELINES, TEMPLATES, build_learner, clip, encode_image
+from stage1 import OF_THE_ROW, at_least, fraction, not_negative, positive
 
 
 # -------------------------------------------------------------------- the method
 
-def adapt(learner, optimizer, batches, settings, f_anc=None, anchor_step=None):
-    """One epoch of Stage II: minimises Eq. 12 over theta_s, theta_pos and what the baseline adds.
+def adapt(learner, epochs, features, labels, settings, seed, f_anc=None, anchor_step=None):
+    """Stage II: minimises Eq. 12 over theta_s, theta_pos and what the baseline adds.
 
-    learner: from `prompts.build_learner`, on the base classes. optimizer: of the learner's
-    parameters. batches: of f (B, d), the frozen CLIP's image features, None where nobody needs
-    them; x (B, 3, R, R), the images, None but for MaPLe; y (B,), the labels. f_anc (C, d): unit
-    features of the frozen anchor prompts, or None: no distillation. anchor_step: what one-stage
-    training does first, or None.
-    Yields, after each step, its three losses: total, ce, kl.
+    learner: from `prompts.build_learner`, on the C base classes. epochs: the `stage1.Epochs` to go
+    through; their first optimizer has the learner's parameters. features: of each of these epochs
+    the n few-shot images' f (n, d), the frozen CLIP's features, and their crops (n, 3, R, R), uint8
+    on the CPU; each of them None where nobody needs it (see `data.epoch_features`). labels (n,):
+    on CLIP's device. seed: all chance in an epoch comes from it and the epoch's number.
+    f_anc (C, d): unit features of the frozen anchor prompts, or None: no distillation.
+    anchor_step: what one-stage training does first in each step, or None.
     """
+    optimizer, batch_size, device = epochs.optimizers[0], settings["batch_size"], labels.device
     lambda_1, lambda_2 = settings["lambda_1"], settings.get("lambda_2", 0)
+    used = min(len(labels), epochs.steps * batch_size)      # the last partial batch is dropped
+    learner.train()
 
     # stage 2: adaptation
-    for f, x, y in batches:
-        if anchor_step is not None:
-            anchor_step()                                   # theta_a, by Eq. 5 (one stage alone)
+    for epoch, (frozen, crops) in zip(epochs, features):    # the frozen f_I runs here, on n crops
+        torch.manual_seed(1_000_003 * seed + epoch)         # this epoch's order and Gumbel noise
+        order = torch.randperm(len(labels))[:used]
+        # On CLIP's device too, so that no step waits for a copy. The crops stay on the CPU.
+        for batch, there in zip(order.split(batch_size), order.to(device).split(batch_size)):
+            y = labels[there]                                               # (B,)
+            f = None if frozen is None else frozen[there]                   # (B, d)
+            x = None if crops is None else data.normalize(crops[batch], device)     # (B, 3, R, R)
+            if anchor_step is not None:
+                anchor_step()                               # theta_a, by Eq. 5 (one stage alone)
 
-        # The normal prompt's answer. Its W is drawn in the template's call, anew in every step: one
-        # sample for all classes, images and layers (Algorithm 1 shows the call above its loop).
-        f_img = learner.image_features(f, x)                # f_I(x): f itself, but for MaPLe
-        f_norm = learner.text_features(f_img)               # f_T(t_norm), Eqs. 6-9 (or 2, or 3)
-        l_norm = learner.logits(f_img, f_norm)              # logits of q_norm, Eq. 1: (B, C)
-        ce = losses.cross_entropy(l_norm, y)                # Eq. 10
-        ce = learner.own_loss(ce, f_img, f_norm, y)         # DePT adds its base-class head
+            # The normal prompt's answer. Its W is drawn in the template's call, anew in every step:
+            # one sample for all classes, images, layers (Algorithm 1 shows it above its loop).
+            f_img = learner.image_features(f, x)            # f_I(x): f itself, but for MaPLe
+            f_norm = learner.text_features(f_img)           # f_T(t_norm), Eqs. 6-9 (or 2, or 3)
+            l_norm = learner.logits(f_img, f_norm)          # logits of q_norm, Eq. 1: (B, C)
+            ce = losses.cross_entropy(l_norm, y)            # Eq. 10
+            ce = learner.own_loss(ce, f_img, f_norm, y)     # DePT adds its base-class head
 
-        # The ensemble with the anchor prompt teaches it.
-        kl = torch.zeros_like(ce)
-        if f_anc is not None:
-            # Anchor prompts meet CLIP as it is: f, also where MaPLe prompts the image tower.
-            l_anc = learner.logits(f, f_anc)                # logits of q_anc, Eq. 1: (B, C)
-            l_ens = losses.ensemble_logits(l_norm, l_anc)   # those of q_ens
-            kl = losses.distillation_kl(l_norm, l_ens, settings["temperature"])     # Eq. 11
-        loss = losses.total_loss(ce, kl, lambda_1, lambda_2)    # Eq. 12 (Algorithm 1: alpha, beta)
+            # The ensemble with the anchor prompt teaches it.
+            kl = torch.zeros_like(ce)
+            if f_anc is not None:
+                # Anchor prompts meet CLIP as it is: f, also where MaPLe prompts the image tower.
+                l_anc = learner.logits(f, f_anc)            # logits of q_anc, Eq. 1: (B, C)
+                l_ens = losses.ensemble_logits(l_norm, l_anc)           # those of q_ens
+                kl = losses.distillation_kl(l_norm, l_ens, settings["temperature"])     # Eq. 11
+            loss = losses.total_loss(ce, kl, lambda_1, lambda_2)    # Eq. 12 (Alg. 1: alpha, beta)
 
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()                                    # theta_s and theta_pos move
-        yield loss, ce, kl
-
-
-def train(learner, epochs, features, labels, settings, seed, f_anc=None, anchor_step=None):
-    """Stage II: `adapt`, epoch after epoch. All chance in an epoch comes from (seed, epoch).
-
-    epochs: the `stage1.Epochs` to go through. features: a `data.EpochFeatures` of the n few-shot
-    images. labels (n,): theirs, on CLIP's device. The rest as in `adapt`.
-    """
-    # Image features come an epoch at a time: the frozen tower runs in large batches, in the order
-    # of the items, so that they are the same to the bit for every method and batch size.
-    n, batch_size = len(labels), settings["batch_size"]
-    used = min(n, epochs.steps * batch_size)            # the last partial batch is dropped
-    learner.train()
-    for epoch in epochs:
-        f, crops = features[epoch]      # the frozen f_I runs here, on this epoch's crops: (n, d)
-        torch.manual_seed(1_000_003 * seed + epoch)     # this epoch's order and Gumbel noise
-        order = torch.randperm(n)[:used]
-        batches = batches_of(order, batch_size, f, crops, labels)
-        for loss, ce, kl in adapt(learner, epochs.optimizers[0], batches, settings, f_anc,
-                                  anchor_step):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()                                # theta_s and theta_pos move
             epochs.step(loss=loss, ce=ce, kl=kl)
-
-
-def batches_of(order, batch_size, f, crops, labels):
-    """The batches f, x, y of `adapt`, in this order of the n images (a tensor on the CPU).
-
-    The order goes to the device once an epoch, so that no step waits for a copy. Crops stay behind
-    on the CPU: a batch of them goes over as bytes.
-    """
-    device = labels.device
-    order_there = order.to(device)
-    for batch, there in zip(order.split(batch_size), order_there.split(batch_size)):
-        f_batch = x = None
-        if f is not None:
-            f_batch = f[there]
-        if crops is not None:
-            x = data.normalize(crops[batch].to(device, non_blocking=True))
-        yield f_batch, x, labels[there]
 
 
 class OneStage:
@@ -160,20 +133,23 @@ def run_seed(args, settings, seed, dataset, get_clip):
     """
     folder = stage1.run_folder(args.output, settings, seed)
     task = data.few_shot_task(dataset, settings["classes"], settings["shots"], seed)
-    facts = run_facts(args, settings, dataset, task)
+    # What the run depends on beside its settings. (An anchor's file counts among these.)
+    facts, descriptions = data.digests(dataset, task), None
+    if settings["template"] == "anchoropt" and not args.anchor:
+        descriptions = stage1.read_descriptions(task.base_names, args, settings)
+        facts |= {"descriptions' sentences": data.digest(descriptions.sentences)}
+
     with stage1.only_process(folder, wait=False, what=f"seed {seed}"):
         # What is finished is not run again. CLIP is loaded only for a run that needs it.
-        finished = None if args.overwrite else finished_run(folder, settings, facts)
-        if finished is not None:
-            return finished
+        if not args.overwrite:
+            result = finished_run(folder, settings, facts)
+            if result is not None:
+                return result
         clip_model = get_clip()
-        task = with_notes(task, settings)
-        check_before_learning(clip_model, task, dataset, settings)
-        clock = Clock()
+        task = checked(task, clip_model, settings)
 
-        # The anchor: Stage I, or where it was learnt before.
-        anchor_tokens = find_anchor(clip_model, task, args, settings, seed)
-        clock.lap("stage1")
+        # Algorithm 1, stage 1: the anchor, where it was not learnt before.
+        anchor_tokens = find_anchor(clip_model, task, descriptions, args, settings, seed)
         if args.overwrite:                      # now that nothing is missing any more
             remove_run(folder)
 
@@ -183,13 +159,13 @@ def run_seed(args, settings, seed, dataset, get_clip):
         learner = build_learner(options, clip_model, task.base_names, anchor_tokens)
         W_start = learnt_W(learner)
 
-        # Training: Stage II.
-        if settings.get("epochs"):              # zero-shot CLIP has none
-            learn_prompt(learner, task, args, settings, seed, folder, facts)
-        save_prompt(folder, learner, task.base_names, settings, seed)
-        clock.lap("stage2")
+        # Algorithm 1, stage 2: adaptation. Zero-shot CLIP has none.
+        if settings.get("epochs"):
+            learn_prompt(learner, task, descriptions, args, settings, seed, folder, facts)
 
         # Inference (Sec. 3.2.2): normal prompt for base classes, the ensemble for novel ones.
+        # prompt.pt comes before it: the novel classes are bound to the learner from there on.
+        save_prompt(folder, learner, task.base_names, settings, seed)
         torch.manual_seed(seed)                 # of W, with --test-position sample
         base = evaluation.evaluate_items(learner, settings, task.test_base, True, args)
         novel = hm = None
@@ -197,53 +173,22 @@ def run_seed(args, settings, seed, dataset, get_clip):
             learner.set_classes(task.novel_names)
             novel = evaluation.evaluate_items(learner, settings, task.test_novel, False, args)
             hm = {key: evaluation.harmonic_mean(base[key], novel[key]) for key in base}
-        clock.lap("eval")
 
-        # Saving. results.json comes last: with it, the run is finished.
         W_end = learnt_W(learner)
-        if W_end and not args.no_plot:
-            draw_W(folder, W_end, settings)
-        result = {"dataset": settings["dataset"], "baseline": settings["baseline"],
-                  "template": settings["template"], "seed": seed, "clip": settings["clip"],
-                  "settings": settings, "facts": facts, "seconds": clock.seconds,
-                  "base": base, "novel": novel, "hm": hm,
-                  "position_matrix": {"start": W_start, "end": W_end} if W_end else None,
-                  "notes": task.notes, "comparable": task.comparable,
-                  "environment": environment(clip_model)}
-        return save_results(folder, result)
+        return save_results(folder, {
+            "dataset": settings["dataset"], "baseline": settings["baseline"],
+            "template": settings["template"], "seed": seed, "clip": settings["clip"],
+            "settings": settings, "facts": facts, "base": base, "novel": novel, "hm": hm,
+            "position_matrix": {"start": W_start, "end": W_end} if W_end else None,
+            "notes": task.notes, "comparable": task.comparable,
+            "environment": environment(clip_model)}, plot=not args.no_plot)
 
 
-def run_facts(args, settings, dataset, task):
-    """Digests of all that a run depends on beside settings: see `stage1.check_unchanged`."""
-    # Anchors that come from a file count by its content, which the settings hold.
-    facts = data.digests(dataset, task)
-    if settings["template"] == "anchoropt" and not args.anchor:
-        own = stage1.anchor_facts(task.base_names, args, settings)
-        facts = own | facts                     # "class names" are all of them here, not base alone
-    return facts
+def checked(task, clip_model, settings):
+    """The task with all notes, which are printed, where Stage II can be run on it.
 
-
-def with_notes(task, settings):
-    """The task, with what else its figures' reader must know; printed."""
-    # They travel with the results, so that no table shows a figure without them.
-    notes, comparable = list(task.notes), task.comparable
-    if settings["clip"] not in ("toy", *clip.available_models()):
-        notes.append(f"CLIP {settings['clip']} is a checkpoint of your own: figures do not compare "
-                     "with published ones")
-        comparable = False
-    for note in notes:
-        print(f"note: {note}", flush=True)
-    return task._replace(notes=notes, comparable=comparable)
-
-
-def check_before_learning(clip_model, task, dataset, settings):
-    """Raises ValueError for what Stage II would refuse, before Stage I has taken its time."""
-    if not task.train and settings["baseline"] != "clip":
-        raise ValueError(f"{dataset.name} has no training images: train on another dataset, then "
-                         f"test on this one with: python eval.py RUN --dataset {dataset.name}")
-    if 1 in (len(task.base_names), len(task.novel_names)):
-        raise ValueError(f"{dataset.name} has {len(dataset.class_names)} classes, and one side of "
-                         "base and novel would have one alone, which is no choice: --classes all")
+    Raises ValueError for what Stage II would refuse, before Stage I has taken its time.
+    """
     # A learner with an anchor of zeros, thrown away: its own checks are all that is wanted. The
     # random numbers that it draws change nothing: every stage begins with its seed.
     width = clip_model.token_embedding.weight.shape[1]
@@ -251,21 +196,17 @@ def check_before_learning(clip_model, task, dataset, settings):
     learner = build_learner(settings, clip_model, task.base_names, trial_anchor)
     learner.set_classes(task.novel_names or task.base_names)
 
-
-class Clock:
-    """`seconds`: name -> how long each lap took."""
-
-    def __init__(self):
-        self.seconds = {}
-        self.start = time.perf_counter()
-
-    def lap(self, name):
-        now = time.perf_counter()
-        self.seconds[name] = round(now - self.start, 2)
-        self.start = now
+    # Notes travel with the results, so that no table shows a figure without them.
+    if settings["clip"] not in ("toy", *clip.available_models()):
+        note = (f"CLIP {settings['clip']} is a checkpoint of your own: figures do not compare with "
+                "published ones")
+        task = task._replace(notes=[*task.notes, note], comparable=False)
+    for note in task.notes:
+        print(f"note: {note}", flush=True)
+    return task
 
 
-def find_anchor(clip_model, task, args, settings, seed):
+def find_anchor(clip_model, task, descriptions, args, settings, seed):
     """The frozen anchor tokens (N, d_t) of Stage II, or None for the other templates.
 
     Raises ValueError for a file's anchor that was learnt on novel classes' descriptions.
@@ -275,21 +216,21 @@ def find_anchor(clip_model, task, args, settings, seed):
     if settings["one_stage"]:                   # learnt beside the prompt: OneStage puts it here
         width = clip_model.token_embedding.weight.shape[1]
         return torch.zeros(settings["anchor_length"], width)
-    if args.anchor:
-        anchor_tokens, saved = load_anchor(args.anchor)
-        stage1.check_anchor(args.anchor, anchor_tokens, saved, settings, clip_model)
-        seen = set(saved.get("class_names", [])) & set(task.novel_names)    # the authors' have none
-        if seen:
-            raise ValueError(f"{args.anchor} was learnt from descriptions of {len(seen)} classes "
-                             f"that are novel here, such as {min(seen)!r}; give one that was not, "
-                             "or --classes all")
-        return anchor_tokens
-    return stage1.get_anchor(clip_model, task.base_names, args, settings, seed,
-                             renew=args.overwrite)
+    if not args.anchor:
+        return stage1.get_anchor(clip_model, task.base_names, descriptions, args, settings, seed,
+                                 renew=args.overwrite)
+    anchor_tokens, saved = load_anchor(args.anchor)
+    stage1.check_anchor(args.anchor, anchor_tokens, saved, settings, clip_model)
+    seen = set(saved.get("class_names", [])) & set(task.novel_names)        # the authors' have none
+    if seen:
+        raise ValueError(f"{args.anchor} was learnt from descriptions of {len(seen)} classes that "
+                         f"are novel here, such as {min(seen)!r}; give one that was not, or "
+                         "--classes all")
+    return anchor_tokens
 
 
-def learn_prompt(learner, task, args, settings, seed, folder, facts):
-    """Stage II with what surrounds it: optimizer, anchor prompts, images, the kept epochs."""
+def learn_prompt(learner, task, descriptions, args, settings, seed, folder, facts):
+    """`adapt` with what surrounds it: optimizer, anchor prompts, images, the kept epochs."""
     clip_model, device = learner.clip_model, learner.clip_model.logit_scale.device
 
     # theta_s, theta_pos, and what the baseline learns beside.
@@ -299,47 +240,39 @@ def learn_prompt(learner, task, args, settings, seed, folder, facts):
     # The anchor: f_T(t_anc) of a frozen one, or a step for one that is learnt beside.
     f_anc = anchor_step = None
     if settings.get("one_stage"):
-        anchor_step = one_stage_step(learner, task.base_names, args, settings)
+        prompt = AnchorPrompt(clip_model, task.base_names, settings["anchor_length"],
+                              settings["preposition"], args.class_chunk)
+        f_des = stage1.description_features(clip_model, descriptions.sentences, task.base_names,
+                                            descriptions.file)
+        anchor_step = OneStage(prompt, torch.stack([f.mean(0) for f in f_des]), learner, settings)
         optimizers.append(anchor_step.optimizer)                    # theta_a
         parts["anchor_step"] = anchor_step
     elif settings["template"] == "anchoropt":
         anchor_tokens = learner.template.anchor_tokens
         facts = facts | {"anchor tokens": data.digest(anchor_tokens.tolist())}
         if settings["lambda_2"]:                                    # else nothing is distilled
-            f_anc = anchor_features(clip_model, task.base_names, anchor_tokens,
-                                    settings["preposition"], args.class_chunk)
+            f_anc = evaluation.anchor_prompts(learner, settings, args.class_chunk)
 
     # The epochs, from where an earlier process was stopped.
     steps = max(1, len(task.train) // settings["batch_size"])
     epochs = stage1.Epochs("stage II", settings["epochs"], steps, optimizers, folder / "last.pt",
                            parts, settings | facts, advice="lower --lr, --lambda-1 or --lambda-2")
 
-    # f_I(x) of the epochs to come, frozen. MaPLe without distillation never reads it.
+    # f_I(x) of the epochs to come, frozen. It runs in large batches and in the order of the items,
+    # so that features are the same to the bit for every method and batch size.
     images = data.Images(task.train, data.train_transform(clip_model.visual.input_resolution), seed)
-    encode = functools.partial(encode_image, clip_model)
-    if learner.needs_images and f_anc is None:
-        encode = None
-    kept = stage1.kept_features(clip_model, settings, images, args.feature_cache)
+    encode = kept = None
+    if f_anc is not None or not learner.needs_images:   # MaPLe without distillation never reads it
+        encode = functools.partial(encode_image, clip_model)
+        if args.feature_cache:
+            kept = stage1.kept_features(clip_model, settings, images, args.feature_cache)
     to_come = range(len(epochs.log) + 1, settings["epochs"] + 1)
-    features = data.EpochFeatures(images, to_come, encode, device, keep_crops=learner.needs_images,
-                                  kept=kept, workers=args.workers)
+    features = data.epoch_features(images, to_come, encode, device, learner.needs_images, kept,
+                                   args.workers)
     labels = torch.tensor([item.label for item in task.train], device=device)
-    train(learner, epochs, features, labels, settings, seed, f_anc, anchor_step)
+    adapt(learner, epochs, features, labels, settings, seed, f_anc, anchor_step)
     if args.feature_cache:
         stage1.print_disk_use(args.feature_cache)
-
-
-def one_stage_step(learner, class_names, args, settings):
-    """The `OneStage` of these classes, with a new anchor."""
-    prompt = AnchorPrompt(learner.clip_model, class_names, settings["anchor_length"],
-                          settings["preposition"], args.class_chunk)
-    sentences, notes = stage1.read_descriptions(class_names, args, settings)
-    for note in notes:
-        print(f"note: {note}", flush=True)
-    path = stage1.descriptions_file(args, settings)
-    # f_T(t_d) of the base classes, frozen.
-    f_des = stage1.description_features(learner.clip_model, sentences, class_names, path)
-    return OneStage(prompt, torch.stack([f.mean(0) for f in f_des]), learner, settings)
 
 
 def learnt_W(learner):
@@ -358,8 +291,15 @@ def save_prompt(folder, learner, base_names, settings, seed):
                     "class_names": base_names, "seed": seed}, aside)
 
 
-def save_results(folder, result):
-    """results.json, with which a run is finished. Returns the result as `eval.load_result` does."""
+def save_results(folder, result, plot):
+    """position.png, then results.json, which finishes a run. Returns it as `eval.load_result`."""
+    if result["position_matrix"] and plot:
+        W, settings = torch.tensor(result["position_matrix"]["end"]), result["settings"]
+        try:
+            with data.written_aside(folder / "position.png") as aside:
+                plot_position_matrix(W, aside, settings["anchor_length"], settings["dataset"])
+        except ImportError as error:            # matplotlib is missing: a picture less
+            print(f"no position.png: {error}")
     # The last file to come: where it stands, everything else does.
     with data.written_aside(folder / "results.json") as aside:
         aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -394,15 +334,6 @@ def remove_run(folder):
         file.unlink()
 
 
-def draw_W(folder, W, settings):
-    try:
-        with data.written_aside(folder / "position.png") as aside:
-            plot_position_matrix(torch.tensor(W), aside, settings["anchor_length"],
-                                 settings["dataset"])
-    except ImportError as error:                    # matplotlib is missing: a picture less
-        print(f"no position.png: {error}")
-
-
 def environment(clip_model):
     """What the figures were made with: versions, device, precision, commit, command."""
     device = clip_model.logit_scale.device
@@ -425,86 +356,80 @@ def environment(clip_model):
 
 # -------------------------------------------------------------------- command line
 
+METHOD_OPTIONS = argparse.ArgumentParser(add_help=False)
+group = METHOD_OPTIONS.add_argument_group("method")
+group.add_argument("--baseline", choices=list(BASELINES), default="coop",
+                   help="the method that learns the prompt; clip: zero-shot CLIP, which has no "
+                        "template (default: coop)")
+group.add_argument("--template", choices=TEMPLATES, default="anchoropt",
+                   help="soft tokens, Eq. 2; with attribute words, Eq. 3; with anchor tokens, Eqs. "
+                        "8-9 (default: anchoropt)")
+group.add_argument("--one-stage", action="store_true",
+                   help="learn anchor and prompt in turns, step by step, without distillation: "
+                        "Sec. 3.2.4, Tab. 3 (default: Stage I first)")
+group.add_argument("--soft-tokens", type=at_least(1), metavar="M",
+                   help=f"how many soft tokens {OF_THE_ROW}")
+group.add_argument("--attributes", nargs="+", metavar="WORD",
+                   help=f"atprompt: its words, in the paper 1 to 3 {OF_THE_ROW}")
+group.add_argument("--arrangement", choices=("adaptive", "before", "middle", "after-class"),
+                   help="anchoropt: learn W; or fix the anchors before the soft tokens, in their "
+                        "middle, or behind the class name: Tab. 8 (default: adaptive)")
+group.add_argument("--tau", type=positive, metavar="TAU",
+                   help="anchoropt: temperature of W's soft assignment, Eq. 7, Tab. S3 "
+                        "(default: 1)")
+group.add_argument("--depth", type=at_least(1), metavar="BLOCKS",
+                   help=f"maple: blocks that get soft tokens, 1 = shallow {OF_THE_ROW}")
+group.add_argument("--w-cat", type=fraction, metavar="WEIGHT",
+                   help=f"dept: weight of the base-class head, 0 to 1 {OF_THE_ROW}")
+group.add_argument("--anchor", metavar="FILE",
+                   help="anchoropt: use this anchor for all seeds, an anchor.pt of stage1.py or "
+                        "the authors' .pth.tar (default: learn it in Stage I)")
+group.add_argument("--feature-at", choices=("eot", "released"),
+                   help="anchoropt, released: read the normal prompt's feature N positions early, "
+                        "as the released code does (default: eot)")
+group.add_argument("--test-position", choices=("argmax", "sample"),
+                   help="anchoropt, sample: draw W anew for each test batch, as the released code "
+                        "does (default: argmax)")
+group = METHOD_OPTIONS.add_argument_group("training, Stage II")
+group.add_argument("--epochs", type=at_least(0), metavar="E",
+                   help=f"length of Stage II {OF_THE_ROW}")
+group.add_argument("--batch-size", type=at_least(1), metavar="B",
+                   help=f"images a step {OF_THE_ROW}")
+group.add_argument("--lr", type=positive, metavar="LR",
+                   help=f"learning rate of Stage II {OF_THE_ROW}")
+group.add_argument("--lambda-1", type=not_negative, metavar="WEIGHT",
+                   help=f"weight of the cross entropy, Eq. 12 {OF_THE_ROW}")
+group.add_argument("--lambda-2", type=not_negative, metavar="WEIGHT",
+                   help="anchoropt in two stages: weight of the distillation, Eq. 12; 0: none, "
+                        f"Tab. 9 {OF_THE_ROW}")
+group.add_argument("--temperature", type=positive, metavar="T",
+                   help="anchoropt in two stages: temperature of the distillation, Eq. 11 "
+                        f"{OF_THE_ROW}")
+group = METHOD_OPTIONS.add_argument_group("results")
+group.add_argument("--no-plot", action="store_true", help="write no position.png")
+group.add_argument("--overwrite", action="store_true",
+                   help="begin anew, and remove the old results (default: skip what is finished, "
+                        "go on with what is begun)")
+
+
 def parse(argv):
-    parser = stage1.Parser("stage2.py", description=__doc__,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_method_options(parser)
-    add_training_options(parser)
-    stage1.add_data_options(parser)
-    stage1.add_anchor_options(parser)
-    stage1.add_machine_options(parser)
-    group = parser.add_argument_group("images and results")
-    stage1.add_image_options(group)
-    group.add_argument("--no-plot", action="store_true", help="write no position.png")
-    group.add_argument("--overwrite", action="store_true",
-                       help="begin anew, and remove the old results (default: skip what is "
-                            "finished, go on with what is begun)")
+    parser = stage1.Parser(
+        "stage2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[METHOD_OPTIONS, stage1.DATA_OPTIONS, stage1.ANCHOR_OPTIONS, stage1.CLIP_OPTIONS,
+                 stage1.IMAGE_OPTIONS, stage1.RUN_OPTIONS])
     args = parser.parse_args(argv)
     if args.one_stage and (args.template != "anchoropt" or args.baseline == "clip"):
         parser.error("--one-stage learns an anchor beside the prompt, and "
                      f"{args.baseline}-{args.template} has none; use --template anchoropt with any "
                      "of coop, cocoop, maple, dept")
-    if args.workers is None:
-        args.workers = stage1.default_workers(args)
     return args
-
-
-def add_method_options(parser):
-    group = parser.add_argument_group("method")
-    group.add_argument("--baseline", choices=list(BASELINES), default="coop",
-                       help="the method that learns the prompt; clip: zero-shot CLIP, which has no "
-                            "template (default: coop)")
-    group.add_argument("--template", choices=TEMPLATES, default="anchoropt",
-                       help="soft tokens, Eq. 2; with attribute words, Eq. 3; with anchor tokens, "
-                            "Eqs. 8-9 (default: anchoropt)")
-    group.add_argument("--one-stage", action="store_true",
-                       help="learn anchor and prompt in turns, step by step, without distillation: "
-                            "Sec. 3.2.4, Tab. 3 (default: Stage I first)")
-    group.add_argument("--soft-tokens", type=stage1.at_least(1), metavar="M",
-                       help=f"how many soft tokens {stage1.OF_THE_ROW}")
-    group.add_argument("--attributes", nargs="+", metavar="WORD",
-                       help=f"atprompt: its words, in the paper 1 to 3 {stage1.OF_THE_ROW}")
-    group.add_argument("--arrangement", choices=("adaptive", "before", "middle", "after-class"),
-                       help="anchoropt: learn W; or fix the anchors before the soft tokens, in "
-                            "their middle, or behind the class name: Tab. 8 (default: adaptive)")
-    group.add_argument("--tau", type=stage1.positive, metavar="TAU",
-                       help="anchoropt: temperature of W's soft assignment, Eq. 7, Tab. S3 "
-                            "(default: 1)")
-    group.add_argument("--depth", type=stage1.at_least(1), metavar="BLOCKS",
-                       help=f"maple: blocks that get soft tokens, 1 = shallow {stage1.OF_THE_ROW}")
-    group.add_argument("--w-cat", type=stage1.fraction, metavar="WEIGHT",
-                       help=f"dept: weight of the base-class head, 0 to 1 {stage1.OF_THE_ROW}")
-    group.add_argument("--anchor", metavar="FILE",
-                       help="anchoropt: use this anchor for all seeds, an anchor.pt of stage1.py "
-                            "or the authors' .pth.tar (default: learn it in Stage I)")
-    group.add_argument("--feature-at", choices=("eot", "released"),
-                       help="anchoropt, released: read the normal prompt's feature N positions "
-                            "early, as the released code does (default: eot)")
-    group.add_argument("--test-position", choices=("argmax", "sample"),
-                       help="anchoropt, sample: draw W anew for each test batch, as the released "
-                            "code does (default: argmax)")
-
-
-def add_training_options(parser):
-    group = parser.add_argument_group("training, Stage II")
-    group.add_argument("--epochs", type=stage1.at_least(0), metavar="E",
-                       help=f"length of Stage II {stage1.OF_THE_ROW}")
-    group.add_argument("--batch-size", type=stage1.at_least(1), metavar="B",
-                       help=f"images a step {stage1.OF_THE_ROW}")
-    group.add_argument("--lr", type=stage1.positive, metavar="LR",
-                       help=f"learning rate of Stage II {stage1.OF_THE_ROW}")
-    group.add_argument("--lambda-1", type=stage1.not_negative, metavar="WEIGHT",
-                       help=f"weight of the cross entropy, Eq. 12 {stage1.OF_THE_ROW}")
-    group.add_argument("--lambda-2", type=stage1.not_negative, metavar="WEIGHT",
-                       help="anchoropt in two stages: weight of the distillation, Eq. 12; 0: none, "
-                            f"Tab. 9 {stage1.OF_THE_ROW}")
-    group.add_argument("--temperature", type=stage1.positive, metavar="T",
-                       help="anchoropt in two stages: temperature of the distillation, Eq. 11 "
-                            f"{stage1.OF_THE_ROW}")
 
 
 def run(args):
     dataset = data.load_dataset(args.dataset, args.root, args.seeds[0])
+    if not dataset.train and args.baseline != "clip":
+        raise ValueError(f"{dataset.name} has no training images: train on another dataset, then "
+                         f"test on this one with: python eval.py RUN --dataset {dataset.name}")
     defaults = stage1.default_settings(dataset.name, args.baseline, args.template, args.classes,
                                        args.one_stage)
     settings = stage1.resolve(args, defaults)

@@ -109,7 +109,7 @@ def make_case(row, clip_model, n_classes, batch_size=None, class_chunk=0):
     scale = clip_model.logit_scale
     device, wide = scale.device, scale.dtype                # float64 in some tests, else float32
     settings = stage1.default_settings("caltech101", row, "anchoropt")
-    settings["class_chunk"] = class_chunk
+    settings |= {"class_chunk": class_chunk, "batch_size": batch_size}
     if row == "maple":
         settings["depth"] = min(settings["depth"], clip_model.transformer.layers)
     torch.manual_seed(1)
@@ -120,7 +120,7 @@ def make_case(row, clip_model, n_classes, batch_size=None, class_chunk=0):
     case = types.SimpleNamespace(
         row=row, clip_model=clip_model, learner=learner, settings=settings, names=names,
         distil=settings["lambda_2"] > 0,                    # DePT's paper setting has none
-        images=torch.randn(batch_size, 3, resolution, resolution).to(device),
+        crops=torch.randint(256, (batch_size, 3, resolution, resolution), dtype=torch.uint8),
         labels=torch.randint(n_classes, (batch_size,)).to(device),
         optimizer=stage1.sgd(learner.parameters(), settings["lr"]),
         still=stage1.sgd(learner.parameters(), 0),          # moves nothing
@@ -128,6 +128,7 @@ def make_case(row, clip_model, n_classes, batch_size=None, class_chunk=0):
     for parameter in learner.parameters():
         parameter.grad = torch.zeros_like(parameter)
     case.still.step()                                       # makes its momentum buffers
+    case.images = data.normalize(case.crops, device)
     with torch.no_grad():                                   # once an epoch, once a run
         case.f = encode_image(clip_model, case.images).to(wide)
         case.f_anc = anchor_features(clip_model, names, anchor_tokens, settings["preposition"])
@@ -139,11 +140,26 @@ def make_case(row, clip_model, n_classes, batch_size=None, class_chunk=0):
 
 # ---------------------------------------------------------------------------- the project's step
 
+class OneStep:
+    """Stands for `stage1.Epochs`: one epoch of one step, whose loss stays here."""
+    steps = 1
+
+    def __init__(self, optimizer):
+        self.optimizers = [optimizer]
+
+    def __iter__(self):
+        yield 1
+
+    def step(self, loss, ce, kl):
+        self.loss = loss.detach()
+
+
 def project_step(case, optimizer):
-    batches = [(case.f, case.images, case.labels)]
+    step = OneStep(optimizer)
+    features = [(case.f, case.crops if case.learner.needs_images else None)]
     f_anc = case.f_anc if case.distil else None
-    (loss, _, _), = stage2.adapt(case.learner, optimizer, batches, case.settings, f_anc)
-    return loss.detach()
+    stage2.adapt(case.learner, step, features, case.labels, case.settings, 1, f_anc)
+    return step.loss
 
 
 def project_text(case):
@@ -267,8 +283,10 @@ TEXTS = {"project": project_text, "conventional": conventional_text}
 
 def step(case, side, text_only=False, update=True):
     """One step; returns its loss. With text_only: the features' sum of squares, no update."""
-    torch.manual_seed(2)                                                    # the Gumbel noise
+    torch.manual_seed(1_000_003 + 1)            # as `stage2.adapt` does in the first epoch of seed 1
     if not text_only:
+        if side == "conventional":
+            torch.randperm(len(case.labels))    # the order, which is drawn before the Gumbel noise
         return STEPS[side](case, case.optimizer if update else case.still)
     case.optimizer.zero_grad()
     loss = TEXTS[side](case).to(case.clip_model.logit_scale.dtype).square().sum()

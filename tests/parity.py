@@ -486,12 +486,13 @@ def train_ours(world, learner, learnt, settings, f_anc):
     optimizer = stage1.sgd(learnt, settings["lr"])
     epochs = Watched("parity", EPOCHS, IMAGES // BATCH, [optimizer])
     epochs.watch(dict(learner.named_parameters()))
-    stage2.train(learner, epochs, world.epochs, world.labels, settings, SEED, f_anc)
+    features = [world.epochs[epoch] for epoch in range(1, EPOCHS + 1)]
+    stage2.adapt(learner, epochs, features, world.labels, settings, SEED, f_anc)
     return epochs
 
 
 def train_theirs(world, trainer, named_parameters):
-    """Their epochs, in the order and with the noise of `stage2.train`."""
+    """Their epochs, in the order and with the noise of `stage2.adapt`."""
     found = types.SimpleNamespace(losses=[], gradients={})
     forward_backward = trainer.forward_backward
 

@@ -39,7 +39,7 @@ if os.name == "posix":
 # Where a run of two epochs can be hit: whose function, at which of its calls.
 PLACES = {"Stage I": (losses, "anchor_mse", STEPS + 2),             # in epoch 2
           "Stage II": (losses, "cross_entropy", STEPS + 2),
-          "features": (data.EpochFeatures, "__getitem__", 2),
+          "features": (data, "normalize", 2),
           "base": (evaluation, "evaluate", 1), "novel": (evaluation, "evaluate", 2),
           "log": (stage1, "save_csv", 3),                           # Stage II's first
           "save": (torch, "save", 2), "rename": (os, "replace", 4),
@@ -209,7 +209,7 @@ def figures(output):
     tensors = prompt.pop("state")
     for path in pathlib.Path(output).rglob("anchor.pt"):
         tensors["anchor"], prompt["anchor"] = load_anchor(path)
-    return result | {"seconds": None, "environment": None}, prompt, logs, tensors
+    return result | {"environment": None}, prompt, logs, tensors
 
 
 def assert_same(output, unbroken):

@@ -954,12 +954,16 @@ def test_a_folder_that_does_not_exist_is_named():
     one_line(error, "no/such/folder does not exist")
 
 
-def test_two_classes_of_ones_own_are_one_base_and_one_novel(tmp_path):
+def test_one_class_on_a_side_is_no_choice(tmp_path):
     for label, name in enumerate(("cat", "dog")):
         for i in range(4):
             worlds.write_image(str(tmp_path / "pets" / name / f"{i}.png"), label, i)
-    task = data.few_shot_task(data.load_dataset(tmp_path / "pets"), shots=2)
-    assert task.base_names == ["cat"] and task.novel_names == ["dog"] and len(task.train) == 2
+    dataset = data.load_dataset(tmp_path / "pets")
+    with pytest.raises(ValueError) as error:
+        data.few_shot_task(dataset, shots=2)
+    worlds.one_line(error, "pets has 2 classes", "--classes all")
+    task = data.few_shot_task(dataset, "all", shots=2)
+    assert task.base_names == ["cat", "dog"] and not task.novel_names and len(task.train) == 4
 
 
 # ----------------------------------------------------------------------------------- descriptions
@@ -1339,7 +1343,7 @@ def test_workers_started_by_spawn_get_the_same_images(items):
 
 
 def test_no_batch_spans_two_epochs():
-    batches = list(data.epoch_batches(5, [2, 3], 2))
+    batches = list(data.loader(range(5), [2, 3], 2).batch_sampler)
     assert batches == [[(2, 0), (2, 1)], [(2, 2), (2, 3)], [(2, 4)],
                        [(3, 0), (3, 1)], [(3, 2), (3, 3)], [(3, 4)]]
 
@@ -1362,8 +1366,8 @@ class Tower:
 
 def features_of(images, tower, epochs=(1, 2), kept=None, **options):
     """f of each epoch, one after the other: (epochs, n, d)."""
-    features = data.EpochFeatures(images, list(epochs), tower, "cpu", kept=kept, **options)
-    return torch.stack([features[epoch][0] for epoch in epochs])
+    features = data.epoch_features(images, list(epochs), tower, "cpu", kept=kept, **options)
+    return torch.stack([f for f, _ in features])
 
 
 def test_epoch_features_are_the_towers_of_the_normalised_crops(items):
@@ -1376,11 +1380,10 @@ def test_epoch_features_are_the_towers_of_the_normalised_crops(items):
 
 def test_epoch_features_have_crops_for_who_needs_them_and_f_for_who_needs_it(items):
     images = images_of(items)
-    features = data.EpochFeatures(images, [1, 2], None, "cpu", keep_crops=True)
-    for epoch in (1, 2):
-        f, crops = features[epoch]
+    features = data.epoch_features(images, [1, 2], None, "cpu", keep_crops=True)
+    for epoch, (f, crops) in zip((1, 2), features, strict=True):
         assert f is None and torch.equal(crops, crops_of(images, (epoch,))[0])
-    f, crops = data.EpochFeatures(images, [1], Tower(), "cpu")[1]
+    (f, crops), = data.epoch_features(images, [1], Tower(), "cpu")
     assert crops is None and f.shape == (10, 8)
 
 
@@ -1401,9 +1404,9 @@ def test_kept_features_spare_the_tower_where_crops_are_needed(items, tmp_path):
     images, tower = images_of(items), Tower()
     kept = data.KeptFeatures(tmp_path / "cache", ["tiny"], images)
     expected = features_of(images, tower, kept=kept)
-    features = data.EpochFeatures(images, [1, 2], tower, "cpu", keep_crops=True, kept=kept)
-    for i, epoch in enumerate((1, 2)):
-        f, crops = features[epoch]
+    features = data.epoch_features(images, [1, 2], tower, "cpu", keep_crops=True, kept=kept)
+    for i, (f, crops) in enumerate(features):
+        epoch = (1, 2)[i]
         assert torch.equal(f, expected[i]) and torch.equal(crops, crops_of(images, (epoch,))[0])
     assert tower.images == 20
 
@@ -1465,10 +1468,9 @@ def test_two_runs_may_fill_one_cache_at_once(items, tmp_path):
     images, tower = images_of(items), Tower()
     expected = features_of(images, Tower(), (1, 2, 3))
     kept = [data.KeptFeatures(tmp_path, ["tiny"], images) for _ in range(2)]
-    first, second = (data.EpochFeatures(images, [1, 2, 3], tower, "cpu", kept=own) for own in kept)
-    for i, epoch in enumerate((1, 2, 3)):
-        assert torch.equal(first[epoch][0], expected[i])
-        assert torch.equal(second[epoch][0], expected[i])
+    first, second = (data.epoch_features(images, [1, 2, 3], tower, "cpu", kept=own) for own in kept)
+    for f_expected, (f_first, _), (f_second, _) in zip(expected, first, second, strict=True):
+        assert torch.equal(f_first, f_expected) and torch.equal(f_second, f_expected)
     assert tower.images == 30 and len(list(tmp_path.iterdir())) == 3
 
 

@@ -112,7 +112,7 @@ def steps_on(device, dtype, baseline, template, one_stage, break_it=None):
 
 
 def run_steps(device, clip_model, settings, learner, prompt):
-    """As `stage2.train`, but the end of the epoch, where the losses are read."""
+    """An epoch of `stage2.adapt`; returns the three losses of its last step."""
     optimizers = [stage1.sgd(learner.parameters(), settings["lr"])]
     d, R = clip_model.text_projection.shape[1], clip_model.visual.input_resolution
     f, targets = torch.randn(N, d, device=device), torch.randn(len(NAMES), d, device=device)
@@ -125,15 +125,22 @@ def run_steps(device, clip_model, settings, learner, prompt):
         optimizers.append(anchor_step.optimizer)
     elif settings["template"] == "anchoropt":
         f_anc = targets
-    epochs = stage1.Epochs("as if", 1, STEPS, optimizers)
-    epoch = iter(epochs)
-    next(epoch)
-    order = torch.randperm(N)[:STEPS * BATCH]
-    batches = stage2.batches_of(order, BATCH, f, crops, labels)
-    for loss, ce, kl in stage2.adapt(learner, optimizers[0], batches, settings, f_anc, anchor_step):
-        epochs.step(loss=loss, ce=ce, kl=kl)
+    epochs = OneEpoch("as if", 1, STEPS, optimizers)
+    settings = settings | {"batch_size": BATCH}
+    stage2.adapt(learner, epochs, [(f, crops)], labels, settings, 1, f_anc, anchor_step)
     assert len(epochs.terms) == STEPS
-    return [loss, ce, kl]
+    return epochs.last
+
+
+class OneEpoch(stage1.Epochs):
+    """`Epochs` without the end of an epoch, where the losses are read."""
+
+    def step(self, **terms):
+        super().step(**terms)
+        self.last = list(terms.values())
+
+    def _finish(self, epoch, seconds):
+        pass
 
 
 def in_a_process(devices, *args):
@@ -191,8 +198,9 @@ def test_the_fake_gpu_does_what_the_real_cpu_does():
     before = copy.deepcopy(learner.state_dict())
     optimizer = stage1.sgd(learner.parameters(), settings["lr"])
     f_anc = prompts.unit(torch.randn(len(NAMES), f.shape[1]))
-    (terms,) = stage2.adapt(learner, optimizer, [(f, None, labels)], settings, f_anc)
-    assert {(str(t.device), t.dtype, t.shape) for t in terms} \
+    epochs = OneEpoch("as if", 1, 1, [optimizer])
+    stage2.adapt(learner, epochs, [(f, None)], labels, settings | {"batch_size": BATCH}, 1, f_anc)
+    assert {(str(t.device), t.dtype, t.shape) for t in epochs.last} \
         == {("cpu", torch.float32, torch.Size([]))}
     moved = {key for key, value in learner.state_dict().items()
              if not torch.equal(value, before[key])}

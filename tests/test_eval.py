@@ -824,7 +824,7 @@ def test_bad_options_end_in_one_line(tmp_path, capsys):
                         ([tmp_path / "nowhere", "--dataset", "toy"], "does not exist")):
         refused(capsys, evaluation, argv, words)
     for argv, words in (([tmp_path, "--table", "S4"], "--table"),
-                        ([tmp_path, "--table", "1", "--figure", "4"], "not allowed with"),
+                        ([tmp_path, "--table", "1", "--figure", "4"], "do not go together"),
                         ([tmp_path, "--csv", "x"], "--csv goes with --table or --images"),
                         ([tmp_path, "--on", "toy"], "--on goes with --table"),
                         ([tmp_path, "--figure", "4", "--top", "9"], "--top goes with --images"),

@@ -558,7 +558,7 @@ def test_the_file_that_stage_2_goes_on_from(tmp_path, world):
     saved = evaluation.load_prompt(file_of(world, "prompt.pt"))
     content = torch.load(file_of(world, "last.pt"), weights_only=True)
     assert len(content["log"]) == 2
-    features = dict.fromkeys((1, 2), (torch.ones(2, 64), None))
+    features = 2 * [(torch.ones(2, 64), None)]
     labels = torch.tensor([0, 1])
 
     def call():
@@ -566,7 +566,7 @@ def test_the_file_that_stage_2_goes_on_from(tmp_path, world):
         optimizer = stage1.sgd(learner.parameters(), 0.002)
         epochs = stage1.Epochs("stage II", 2, 1, [optimizer], path,
                                {"learner": learner, "optimizer": optimizer}, content["facts"])
-        stage2.train(learner, epochs, features, labels, saved["settings"], 1)
+        stage2.adapt(learner, epochs, features, labels, saved["settings"], 1)
     check_checkpoints_that_go_on(path, content, call, 80, 25)
 
 
