@@ -1068,14 +1068,9 @@ def normalize(crops, device=None):
     """
     if device is not None:
         crops = crops.to(device, non_blocking=True)
-    mean, std = _mean_and_std(crops.device)
+    mean = torch.tensor(CLIP_MEAN, device=crops.device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=crops.device).view(3, 1, 1)
     return (crops.float() / 255 - mean) / std
-
-
-@functools.lru_cache(maxsize=8)                 # so that a training step copies nothing to the GPU
-def _mean_and_std(device):
-    """CLIP's, (3, 1, 1) each. (torchvision's normalize reads a value back from the GPU.)"""
-    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD)]
 
 
 class BadImage(ValueError):

@@ -454,23 +454,10 @@ def default_settings(dataset, baseline, template, classes=None, one_stage=False)
                      "descriptions": "default", "one_stage": one_stage, "anchor": "learnt"}
     if dataset not in data.DATASETS:
         settings |= shared_settings(settings, one_stage)
-
-    unused = unused_settings(baseline, template, one_stage)
-    return {key: value for key, value in settings.items() if key not in unused}
-
-
-def unused_settings(baseline, template, one_stage):
-    """Names of settings that have no meaning for a cell."""
-    unused = []
-    if template != "anchoropt":
-        unused += ["lambda_2", "temperature"]
-    if one_stage:                                           # nothing is distilled (Sec. 3.2.4)
-        unused += ["lambda_2", "temperature", "anchor_epochs", "anchor"]
-    if baseline != "dept":
-        unused.append("w_cat")
-    if baseline != "maple":
-        unused.append("depth")
-    return unused
+    if one_stage:                       # no Stage I before it, and no distillation (Sec. 3.2.4)
+        for unused in ("anchor_epochs", "anchor", "lambda_2", "temperature"):
+            settings.pop(unused, None)
+    return settings
 
 
 def shared_settings(settings, one_stage):

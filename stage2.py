@@ -141,10 +141,8 @@ def run_seed(args, settings, seed, dataset, get_clip):
 
     with stage1.only_process(folder, wait=False, what=f"seed {seed}"):
         # What is finished is not run again. CLIP is loaded only for a run that needs it.
-        if not args.overwrite:
-            result = finished_run(folder, settings, facts)
-            if result is not None:
-                return result
+        if (folder / "results.json").exists() and not args.overwrite:
+            return finished_run(folder, settings, facts)
         clip_model = get_clip()
         task = checked(task, clip_model, settings)
 
@@ -309,10 +307,8 @@ def save_results(folder, result, plot):
 
 
 def finished_run(folder, settings, facts):
-    """The results of a run that is finished, or None. ValueError where its data have changed."""
+    """The results of a run that is finished. ValueError where its data have changed."""
     file = folder / "results.json"
-    if not file.exists():
-        return None
     # The folder's name says the settings, and a result is of the data that there were.
     result = evaluation.load_result(file)
     if result["settings"] != settings:

@@ -283,7 +283,7 @@ TEXTS = {"project": project_text, "conventional": conventional_text}
 
 def step(case, side, text_only=False, update=True):
     """One step; returns its loss. With text_only: the features' sum of squares, no update."""
-    torch.manual_seed(1_000_003 + 1)            # as `stage2.adapt` does in the first epoch of seed 1
+    torch.manual_seed(1_000_003 + 1)            # as `stage2.adapt` does in epoch 1 of seed 1
     if not text_only:
         if side == "conventional":
             torch.randperm(len(case.labels))    # the order, which is drawn before the Gumbel noise
