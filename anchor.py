@@ -41,7 +41,8 @@ class AnchorPrompt(nn.Module):
 
     def forward(self):
         # Eq. 4 up to [of] is shared by all classes; [CLS] . [EOT] are the suffix.
-        context = torch.cat([self.sos, self.tokens, self.preposition])      # (1 + N + 1, d_t)
+        # (1 + N + tokens of the preposition, d_t)
+        context = torch.cat([self.sos, self.tokens, self.preposition])
         features = encode_text(self.clip_model, context, self.suffix, self.eot,
                                class_chunk=self.class_chunk)
         return unit(features)

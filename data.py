@@ -798,17 +798,18 @@ class Task(NamedTuple):
 
 
 def few_shot_task(dataset, classes="base", shots=16, seed=1):
-    """CoOp's picks of this seed, cut into base and novel classes; classes="all": no novel ones.
+    """The `Task` of CoOp's picks of this seed, cut into base and novel classes.
 
-    Raises ValueError where one side would have one class alone.
+    classes: "base", to learn on the first half; or "all", where none are novel. Raises ValueError
+    for shots < 1, and where one side would have one class alone.
     """
     names = dataset.class_names
     base, novel = list(range(len(names))), []
     if classes == "base":
         base, novel = split_base_novel(names)
-    if 1 in (len(base), len(novel)):
-        raise ValueError(f"{dataset.name} has {len(names)} classes, and one side of base and novel "
-                         "would have one alone, which is no choice: --classes all")
+        if len(novel) < 2:
+            raise ValueError(f"{dataset.name} has {len(names)} classes, and one side of base and "
+                             "novel would have one alone, which is no choice: --classes all")
     picked, _ = few_shot(dataset.train, dataset.val, shots, seed)
     train = take(picked, base)
     notes = list(dataset.notes)
@@ -1139,9 +1140,10 @@ ENCODE_BATCH = 256                  # images that go through the frozen image to
 def loader(images, epochs=(0,), batch_size=ENCODE_BATCH, workers=0, device="cpu"):
     """Batches of crops (B, 3, R, R) uint8 and labels (B,), in item order, an epoch after the other.
 
-    One DataLoader, and so one set of worker processes, for the whole run: it reads on into the
-    next epoch while the steps of this one run. To go through once. No batch spans two epochs.
-    workers: None: 8 or fewer where device, where the crops go, is a GPU of CUDA, else none.
+    One DataLoader, and so one set of worker processes, for the whole run: where there are workers
+    they read on into the next epoch while the steps of this one run. To go through once. No batch
+    spans two epochs. workers: None: 8 or fewer where device, where the crops go, is a GPU of CUDA,
+    else none. Going through it raises BadImage.
     """
     on_cuda = torch.device(device).type == "cuda"
     if workers is None:
@@ -1157,12 +1159,13 @@ def loader(images, epochs=(0,), batch_size=ENCODE_BATCH, workers=0, device="cpu"
 def epoch_features(images, epochs, encode, device, keep_crops=False, kept=None, workers=None):
     """f_I(x) of each epoch's crops, by the frozen image tower, which is the same for every method.
 
-    Yields for each of `epochs` f (n, d) float32 on CLIP's device, or None, and crops
-    (n, 3, R, R) uint8, or None; both in item order.
+    Yields for each of `epochs`, a sequence of numbers, f (n, d), as encode gives it but in float32,
+    or None; and crops (n, 3, R, R), uint8 on the CPU, or None. Both are in item order.
 
-    encode: a function normalised images (B, 3, R, R) -> (B, d), or None where nobody needs f.
-    keep_crops: whether the crops are needed (MaPLe). kept: a `KeptFeatures`, or None; what stands
-    there is read, and no image is opened for it.
+    images: an `Images`. encode: a function normalised images (B, 3, R, R) on `device`, CLIP's ->
+    (B, d), not normalised; or None where nobody needs f. keep_crops: whether the crops are needed
+    (MaPLe). kept: a `KeptFeatures`, or None; the f of an epoch that stands there is read, and its
+    images are opened for their crops alone. workers: see `loader`. Raises BadImage.
     """
     to_load = [epoch for epoch in epochs if keep_crops or kept is None or not kept.has(epoch)]
     if to_load:

@@ -57,20 +57,21 @@ def learn_anchor(prompt, targets, epochs, weight):
     optimizer = epochs.optimizers[0]
 
     # stage 1: anchor optimization. A step takes the descriptions of all classes at once.
-    for _ in epochs:
+    for _ in epochs:                                                # sets the epoch's lr, too
         for _ in range(epochs.steps):
             f_anc = prompt()                        # f_T(t_anc; theta_a), Eq. 4: unit (C, d)
             loss = weight * losses.anchor_mse(f_anc, targets)       # Eq. 5, against f_T(t_d)
             optimizer.zero_grad()
             scaled_backward(loss, prompt.tokens)
             optimizer.step()                                        # theta_a moves
-            epochs.step(loss=loss)
+            epochs.note(loss=loss)
 
 
 def scaled_backward(loss, tokens):
     """loss.backward() for tokens.grad alone, times 2^8 on the way.
 
-    Many classes' gradients underflow in float16 otherwise; a power of two changes no digit.
+    Eq. 5 is a mean over C x d numbers, so with many classes its gradients would underflow on their
+    way through a float16 CLIP. A power of two changes no digit of those that would not.
     """
     (256 * loss).backward()
     tokens.grad /= 256
@@ -91,14 +92,55 @@ def description_features(clip_model, descriptions, class_names, file="descriptio
     return features
 
 
+def new_anchor(clip_model, class_names, descriptions, settings, seed, last, facts, class_chunk):
+    """Stage I from its inputs to its output: the learnt `AnchorPrompt` of these C base classes.
+
+    descriptions: a `Descriptions` of them. settings: of the run, of which it needs ANCHOR_SETTINGS.
+    seed: of theta_a's start. last: the file that keeps the finished epochs, and facts what they
+    depend on (see `Epochs`). class_chunk: see `prompts.encode_text`. Raises ValueError for a
+    sentence that CLIP cannot read, and what `Epochs` raises.
+    """
+    # f_T(t_d), frozen. Eq. 5 over the D_c sentences of a class has the gradient of Eq. 5 over their
+    # mean, so each sentence is encoded once.
+    features = description_features(clip_model, descriptions.sentences, class_names,
+                                    descriptions.file)                      # C of (D_c, d)
+    targets = torch.stack([f.mean(0) for f in features])                    # (C, d)
+
+    # t_anc: theta_a starts at random, and the class names stand behind it.
+    torch.manual_seed(seed)
+    prompt = AnchorPrompt(clip_model, class_names, settings["anchor_length"],
+                          settings["preposition"], class_chunk)
+    optimizer = sgd([prompt.tokens], settings["anchor_lr"])                 # theta_a
+    before = cosine(prompt, features)
+
+    # As many steps an epoch as if the few-shot images came in batches of 32 (the authors' logs).
+    steps = max(1, settings["shots"] * len(class_names) // 32)
+    epochs = Epochs("stage I ", settings["anchor_epochs"], steps, [optimizer], last,
+                    {"prompt": prompt, "optimizer": optimizer}, facts,
+                    advice="lower --anchor-lr or --anchor-weight")
+    learn_anchor(prompt, targets, epochs, settings["anchor_weight"])
+    print(f"Stage I done: cosine of anchor prompts and descriptions {before:.3f} -> "
+          f"{cosine(prompt, features):.3f}", flush=True)
+    return prompt
+
+
+@torch.no_grad()
+def cosine(prompt, features):
+    """Mean cosine between the anchor prompts and their classes' description features."""
+    per_class = [(f_anc * f_des).sum(-1).mean() for f_anc, f_des in zip(prompt(), features)]
+    return torch.stack(per_class).mean().item()
+
+
 def get_anchor(clip_model, class_names, descriptions, args, settings, seed, renew=False):
     """The anchor tokens (N, d_t) of these settings and this seed: read where they are, else learnt.
 
-    descriptions: of these classes, from `read_descriptions`. renew: learn a stale or damaged anchor
-    anew. Raises what the files and Stage I raise.
+    descriptions: a `Descriptions` of these classes. renew: learn an anchor anew that is damaged or
+    was made from what has changed since, and go on with no Stage I that was begun.
+    Raises ValueError for such an anchor otherwise, OSError for a folder that cannot be written to,
+    and what `new_anchor` raises.
     """
     folder = anchor_folder(args.output, settings, seed)
-    file = folder / "anchor.pt"
+    file, last = folder / "anchor.pt", folder / "last.pt"
     # All that the anchor depends on: the settings, and what is in the files.
     facts = {key: settings[key] for key in ANCHOR_SETTINGS}
     facts |= {"class names": data.digest(list(class_names)),
@@ -114,39 +156,20 @@ def get_anchor(clip_model, class_names, descriptions, args, settings, seed, rene
             except ValueError:
                 if not renew:
                     raise
-                print(f"{file} is of other descriptions or classes, or damaged", flush=True)
+                print(f"{file} is damaged, or what it was made from has changed", flush=True)
         else:
             print(f"no anchor at {file} yet", flush=True)
         if renew:
-            (folder / "last.pt").unlink(missing_ok=True)
+            last.unlink(missing_ok=True)
 
-        # f_T(t_d), the frozen targets, are all that Stage I knows about the classes. Eq. 5 over the
-        # D_c sentences of a class has the same gradient as over their mean.
         print("Stage I learns the anchor now", flush=True)
-        features = description_features(clip_model, descriptions.sentences, class_names,
-                                        descriptions.file)                  # C of (D_c, d)
-        targets = torch.stack([f.mean(0) for f in features])                # (C, d)
-
-        # t_anc, the anchor prompt, starts from this seed's random theta_a.
-        torch.manual_seed(seed)
-        prompt = AnchorPrompt(clip_model, class_names, settings["anchor_length"],
-                              settings["preposition"], args.class_chunk)
-        before = cosine(prompt, features)
-        optimizer = sgd([prompt.tokens], settings["anchor_lr"])             # theta_a
-
-        # As many steps an epoch as if the few-shot images came in batches of 32 (released run).
-        steps = max(1, settings["shots"] * len(class_names) // 32)
-        epochs = Epochs("stage I ", settings["anchor_epochs"], steps, [optimizer],
-                        folder / "last.pt", {"prompt": prompt, "optimizer": optimizer}, facts,
-                        advice="lower --anchor-lr or --anchor-weight")
-        learn_anchor(prompt, targets, epochs, settings["anchor_weight"])
-
+        prompt = new_anchor(clip_model, class_names, descriptions, settings, seed, last, facts,
+                            args.class_chunk)
         # anchor.pt comes first: a process that dies in between leaves a file too many, no loss.
         with data.written_aside(file) as aside:
             save_anchor(aside, prompt.tokens, facts | {"class_names": list(class_names)})
-        (folder / "last.pt").unlink(missing_ok=True)
-        print(f"Stage I done: cosine of anchor prompts and descriptions {before:.3f} -> "
-              f"{cosine(prompt, features):.3f}; {file}", flush=True)
+        last.unlink(missing_ok=True)
+        print(f"anchor saved to {file}", flush=True)
         return prompt.tokens.detach()
 
 
@@ -162,18 +185,8 @@ def own_anchor(file, clip_model, settings, facts):
         raise ValueError(f"{error}; {advice}") from error
     check_anchor(file, tokens, saved, settings, clip_model)
     # The folder's name says the settings where they are not the table's, and the table may change.
-    # (Anchors from before a setting was saved lack it.)
-    known = {key: value for key, value in facts.items()
-             if key in saved or key not in ANCHOR_SETTINGS}
-    check_unchanged(file, saved, known, advice)
+    check_unchanged(file, saved, facts, advice)
     return tokens
-
-
-@torch.no_grad()
-def cosine(prompt, features):
-    """Mean cosine between the anchor prompts and their classes' description features."""
-    per_class = [(f_anc * f_des).sum(-1).mean() for f_anc, f_des in zip(prompt(), features)]
-    return torch.stack(per_class).mean().item()
 
 
 class Descriptions(NamedTuple):
@@ -183,7 +196,11 @@ class Descriptions(NamedTuple):
 
 
 def read_descriptions(class_names, args, settings):
-    """The `Descriptions` of these classes, from --descriptions or the project's own file."""
+    """The `Descriptions` of these classes, from --descriptions or the project's own file.
+
+    Prints how they were read, and writes an aliases file for names that do not match. Raises
+    FileNotFoundError and ValueError as `data.load_descriptions` does.
+    """
     file = args.descriptions or data.default_descriptions(settings["dataset"])
     notes = []
     sentences = data.load_descriptions(file, class_names, settings["max_descriptions"],
@@ -266,20 +283,23 @@ def learning_rate(epoch, epochs, lr):
 
 
 def sgd(parameters, lr):
-    """The optimizer of both stages (S2.2). `Epochs` moves its lr along `learning_rate`."""
+    """The optimizer of both stages: SGD (S2.2), its momentum and decay from the authors' logs.
+
+    `Epochs` moves its lr along `learning_rate`.
+    """
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=5e-4)
 
 
 class Epochs:
-    """The epochs of a stage: `for epoch in epochs`, and `epochs.step(loss=...)` behind every step.
+    """The epochs of a stage: `for epoch in epochs`, and `epochs.note(loss=...)` behind every step.
 
     What both loops need beside the method: the schedule, the progress bar, a loss that is not
     finite, keeping every finished epoch, and going on from it with the same figures.
 
     title, epochs, steps: of the bar, and how many. optimizers: their learning rates follow the
     schedule. path: the file that keeps the finished epochs, log.csv beside it; or None. parts:
-    name -> what has a state_dict and is kept. facts: name -> digest; a file that was begun with
-    others is refused. advice: what to do about a loss that is not finite.
+    name -> what has a state_dict and is kept. facts: name -> a setting, or a digest of data; a file
+    that was begun with others is refused. advice: what to do about a loss that is not finite.
     `log`: a dict per epoch. Raises ValueError for such a loss, or a file that it cannot go on from.
     """
 
@@ -311,14 +331,14 @@ class Epochs:
                 yield epoch                                     # the stage's own steps run here
                 self._finish(epoch, time.perf_counter() - start)
 
-    def step(self, **terms):
-        """Notes the losses of a step. They stay on the device: a step waits for nobody."""
+    def note(self, **terms):
+        """Notes the losses of a step. They stay on the device: no step waits for them."""
         self.names = list(terms)
         self.terms.append(torch.stack([term.detach() for term in terms.values()]))
         self.bar.update()
 
     def _finish(self, epoch, seconds):
-        # The one place where the host waits for the device, once an epoch.
+        # Here the host waits for the device, once an epoch.
         terms = torch.stack(self.terms).cpu()                   # (steps, number of terms)
         wrong = ~terms.isfinite().all(1)
         if wrong.any():

@@ -26,7 +26,7 @@ import numpy
 import PIL
 import torch
 import torchvision
-from anchor import AnchorPrompt, load_anchor
+from anchor import AnchorPrompt, anchor_features, load_anchor
 from position import hard_assignment, plot_position_matrix
 from prompts import BASELINES, TEMPLATES, build_learner, clip, encode_image
 from stage1 import OF_THE_ROW, at_least, fraction, not_negative, positive
@@ -40,35 +40,40 @@ def adapt(learner, epochs, features, labels, settings, seed, f_anc=None, anchor_
     learner: from `prompts.build_learner`, on the C base classes. epochs: the `stage1.Epochs` to go
     through; their first optimizer has the learner's parameters. features: of each of these epochs
     the n few-shot images' f (n, d), the frozen CLIP's features, and their crops (n, 3, R, R), uint8
-    on the CPU; each of them None where nobody needs it (see `data.epoch_features`). labels (n,):
-    on CLIP's device. seed: all chance in an epoch comes from it and the epoch's number.
-    f_anc (C, d): unit features of the frozen anchor prompts, or None: no distillation.
-    anchor_step: what one-stage training does first in each step, or None.
+    on the CPU; f is None for MaPLe without distillation, crops are None but for MaPLe (see
+    `data.epoch_features`). labels (n,): on CLIP's device. settings: of the run, of which it needs
+    batch_size, lambda_1, lambda_2 and temperature. seed: all chance in an epoch comes from it and
+    the epoch's number. f_anc (C, d): unit features of the frozen anchor prompts, or None: no
+    distillation. anchor_step: what one-stage training does first in each step, or None.
+    Raises ValueError for a loss that is not finite, and for an image that cannot be read.
     """
-    optimizer, batch_size, device = epochs.optimizers[0], settings["batch_size"], labels.device
+    optimizer = epochs.optimizers[0]
     lambda_1, lambda_2 = settings["lambda_1"], settings.get("lambda_2", 0)
-    used = min(len(labels), epochs.steps * batch_size)      # the last partial batch is dropped
-    learner.train()
+    batch_size, device = settings["batch_size"], labels.device
+    used = min(len(labels), epochs.steps * batch_size)      # a last partial batch is dropped
+    learner.train()                                         # so W is sampled: Eq. 6 with its noise
 
-    # stage 2: adaptation
-    for epoch, (frozen, crops) in zip(epochs, features):    # the frozen f_I runs here, on n crops
+    # stage 2: adaptation. The epochs come first in zip: each sets its lr, then the frozen f_I runs
+    # on its crops, in large batches.
+    for epoch, (f_all, crops) in zip(epochs, features):
         torch.manual_seed(1_000_003 * seed + epoch)         # this epoch's order and Gumbel noise
         order = torch.randperm(len(labels))[:used]
-        # On CLIP's device too, so that no step waits for a copy. The crops stay on the CPU.
+        # On both sides: crops are on the CPU, and no step shall wait for an index to be copied.
         for batch, there in zip(order.split(batch_size), order.to(device).split(batch_size)):
             y = labels[there]                                               # (B,)
-            f = None if frozen is None else frozen[there]                   # (B, d)
+            f = None if f_all is None else f_all[there]                     # (B, d)
             x = None if crops is None else data.normalize(crops[batch], device)     # (B, 3, R, R)
             if anchor_step is not None:
                 anchor_step()                               # theta_a, by Eq. 5 (one stage alone)
 
-            # The normal prompt's answer. Its W is drawn in the template's call, anew in every step:
-            # one sample for all classes, images, layers (Algorithm 1 shows it above its loop).
+            # The normal prompt's answer. Its W is drawn in AnchorTemplate.forward, in every step
+            # anew, once for all classes, images, layers (Algorithm 1 shows it above its loop).
             f_img = learner.image_features(f, x)            # f_I(x): f itself, but for MaPLe
-            f_norm = learner.text_features(f_img)           # f_T(t_norm), Eqs. 6-9 (or 2, or 3)
+            f_norm = learner.text_features(f_img)           # f_T(t_norm), Eqs. 6-9 (or 2, or 3);
+            #                                                 of CoCoOp alone it depends on f_I(x)
             l_norm = learner.logits(f_img, f_norm)          # logits of q_norm, Eq. 1: (B, C)
             ce = losses.cross_entropy(l_norm, y)            # Eq. 10
-            ce = learner.own_loss(ce, f_img, f_norm, y)     # DePT adds its base-class head
+            ce = learner.own_loss(ce, f_img, f_norm, y)     # DePT mixes in its base-class head's
 
             # The ensemble with the anchor prompt teaches it.
             kl = torch.zeros_like(ce)
@@ -82,7 +87,7 @@ def adapt(learner, epochs, features, labels, settings, seed, f_anc=None, anchor_
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()                                # theta_s and theta_pos move
-            epochs.step(loss=loss, ce=ce, kl=kl)
+            epochs.note(loss=loss, ce=ce, kl=kl)
 
 
 class OneStage:
@@ -129,22 +134,26 @@ class OneStage:
 def run_seed(args, settings, seed, dataset, get_clip):
     """One run: the anchor, the learner, training, the inference rule, saving. Returns its results.
 
-    dataset: a `data.Dataset`. get_clip: a function that loads CLIP, once.
+    dataset: a `data.Dataset`. get_clip: a function that loads CLIP, once. A run that is finished is
+    not run again. Raises ValueError and OSError (BlockingIOError where another process is at work
+    on it) in one line.
     """
     folder = stage1.run_folder(args.output, settings, seed)
     task = data.few_shot_task(dataset, settings["classes"], settings["shots"], seed)
-    # What the run depends on beside its settings. (An anchor's file counts among these.)
-    facts, descriptions = data.digests(dataset, task), None
+    # What the run depends on beside its settings, which hold the digest of an --anchor file.
+    facts = data.digests(dataset, task)
+    descriptions = None
     if settings["template"] == "anchoropt" and not args.anchor:
         descriptions = stage1.read_descriptions(task.base_names, args, settings)
         facts |= {"descriptions' sentences": data.digest(descriptions.sentences)}
 
     with stage1.only_process(folder, wait=False, what=f"seed {seed}"):
-        # What is finished is not run again. CLIP is loaded only for a run that needs it.
+        # CLIP is loaded only for a run that needs it.
         if (folder / "results.json").exists() and not args.overwrite:
             return finished_run(folder, settings, facts)
         clip_model = get_clip()
-        task = checked(task, clip_model, settings)
+        check_names(task, clip_model, settings)
+        task = with_notes(task, settings)
 
         # Algorithm 1, stage 1: the anchor, where it was not learnt before.
         anchor_tokens = find_anchor(clip_model, task, descriptions, args, settings, seed)
@@ -161,9 +170,9 @@ def run_seed(args, settings, seed, dataset, get_clip):
         if settings.get("epochs"):
             learn_prompt(learner, task, descriptions, args, settings, seed, folder, facts)
 
-        # Inference (Sec. 3.2.2): normal prompt for base classes, the ensemble for novel ones.
-        # prompt.pt comes before it: the novel classes are bound to the learner from there on.
         save_prompt(folder, learner, task.base_names, settings, seed)
+
+        # Inference (Sec. 3.2.2): normal prompt for base classes, the ensemble for novel ones.
         torch.manual_seed(seed)                 # of W, with --test-position sample
         base = evaluation.evaluate_items(learner, settings, task.test_base, True, args)
         novel = hm = None
@@ -182,10 +191,10 @@ def run_seed(args, settings, seed, dataset, get_clip):
             "environment": environment(clip_model)}, plot=not args.no_plot)
 
 
-def checked(task, clip_model, settings):
-    """The task with all notes, which are printed, where Stage II can be run on it.
+def check_names(task, clip_model, settings):
+    """Raises ValueError for class names that are too long, or a CLIP that does not suit the method.
 
-    Raises ValueError for what Stage II would refuse, before Stage I has taken its time.
+    That is before Stage I has taken its time.
     """
     # A learner with an anchor of zeros, thrown away: its own checks are all that is wanted. The
     # random numbers that it draws change nothing: every stage begins with its seed.
@@ -194,7 +203,10 @@ def checked(task, clip_model, settings):
     learner = build_learner(settings, clip_model, task.base_names, trial_anchor)
     learner.set_classes(task.novel_names or task.base_names)
 
-    # Notes travel with the results, so that no table shows a figure without them.
+
+def with_notes(task, settings):
+    """The task with what else its figures' reader must know; prints all of its notes."""
+    # They travel with the results, so that no table shows a figure without them.
     if settings["clip"] not in ("toy", *clip.available_models()):
         note = (f"CLIP {settings['clip']} is a checkpoint of your own: figures do not compare with "
                 "published ones")
@@ -205,13 +217,14 @@ def checked(task, clip_model, settings):
 
 
 def find_anchor(clip_model, task, descriptions, args, settings, seed):
-    """The frozen anchor tokens (N, d_t) of Stage II, or None for the other templates.
+    """The anchor tokens (N, d_t) that Stage II begins with, or None for the other templates.
 
-    Raises ValueError for a file's anchor that was learnt on novel classes' descriptions.
+    Raises ValueError for an --anchor that does not fit or was learnt on novel classes, and what
+    `anchor.load_anchor` and `stage1.get_anchor` raise.
     """
     if settings["template"] != "anchoropt":
         return None
-    if settings["one_stage"]:                   # learnt beside the prompt: OneStage puts it here
+    if settings["one_stage"]:                   # learnt beside the prompt: OneStage fills these in
         width = clip_model.token_embedding.weight.shape[1]
         return torch.zeros(settings["anchor_length"], width)
     if not args.anchor:
@@ -228,12 +241,18 @@ def find_anchor(clip_model, task, descriptions, args, settings, seed):
 
 
 def learn_prompt(learner, task, descriptions, args, settings, seed, folder, facts):
-    """`adapt` with what surrounds it: optimizer, anchor prompts, images, the kept epochs."""
-    clip_model, device = learner.clip_model, learner.clip_model.logit_scale.device
+    """`adapt` with what surrounds it: optimizer, anchor prompts, images, the kept epochs.
+
+    Changes the learner in place. The others are `run_seed`'s; descriptions are needed for one-stage
+    training alone. Raises what `adapt` and `stage1.Epochs` raise.
+    """
+    clip_model = learner.clip_model
+    device = clip_model.logit_scale.device
 
     # theta_s, theta_pos, and what the baseline learns beside.
     optimizer = stage1.sgd(learner.parameters(), settings["lr"])
-    optimizers, parts = [optimizer], {"learner": learner, "optimizer": optimizer}
+    optimizers = [optimizer]
+    parts = {"learner": learner, "optimizer": optimizer}
 
     # The anchor: f_T(t_anc) of a frozen one, or a step for one that is learnt beside.
     f_anc = anchor_step = None
@@ -249,10 +268,11 @@ def learn_prompt(learner, task, descriptions, args, settings, seed, folder, fact
         anchor_tokens = learner.template.anchor_tokens
         facts = facts | {"anchor tokens": data.digest(anchor_tokens.tolist())}
         if settings["lambda_2"]:                                    # else nothing is distilled
-            f_anc = evaluation.anchor_prompts(learner, settings, args.class_chunk)
+            f_anc = anchor_features(clip_model, task.base_names, anchor_tokens,
+                                    settings["preposition"], args.class_chunk)
 
     # The epochs, from where an earlier process was stopped.
-    steps = max(1, len(task.train) // settings["batch_size"])
+    steps = max(1, len(task.train) // settings["batch_size"])       # whole batches, or the only one
     epochs = stage1.Epochs("stage II", settings["epochs"], steps, optimizers, folder / "last.pt",
                            parts, settings | facts, advice="lower --lr, --lambda-1 or --lambda-2")
 
@@ -414,6 +434,8 @@ def parse(argv):
         parents=[METHOD_OPTIONS, stage1.DATA_OPTIONS, stage1.ANCHOR_OPTIONS, stage1.CLIP_OPTIONS,
                  stage1.IMAGE_OPTIONS, stage1.RUN_OPTIONS])
     args = parser.parse_args(argv)
+    if args.one_stage and args.epochs == 0:
+        parser.error("--one-stage learns its anchor in Stage II: --epochs must be at least 1")
     if args.one_stage and (args.template != "anchoropt" or args.baseline == "clip"):
         parser.error("--one-stage learns an anchor beside the prompt, and "
                      f"{args.baseline}-{args.template} has none; use --template anchoropt with any "

@@ -472,8 +472,8 @@ class Watched(stage1.Epochs):
         self.watched, self.losses, self.gradients = named_parameters, [], {}
         return self
 
-    def step(self, **terms):
-        super().step(**terms)
+    def note(self, **terms):
+        super().note(**terms)
         self.losses.append(terms["loss"].item())
         self.gradients = self.gradients or gradients_of(self.watched)
 

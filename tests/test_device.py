@@ -135,8 +135,8 @@ def run_steps(device, clip_model, settings, learner, prompt):
 class OneEpoch(stage1.Epochs):
     """`Epochs` without the end of an epoch, where the losses are read."""
 
-    def step(self, **terms):
-        super().step(**terms)
+    def note(self, **terms):
+        super().note(**terms)
         self.last = list(terms.values())
 
     def _finish(self, epoch, seconds):
