@@ -398,7 +398,7 @@ def evaluate_runs(args):
     keys, rows = ("run", "seed", "target", "classes", "images"), []
     for result in results:
         figures = [two_digits(result["accuracy"].get(reading)) for reading in READINGS]
-        rows.append([*(result[key] for key in keys), *figures])
+        rows.append([result[key] for key in keys] + figures)
     print("\n" + "\n".join(markdown_table([*keys, *READINGS], rows)))
     print_notes([(note, f"{result['run']} on {result['target']}")
                  for result in results for note in result["notes"]])
@@ -612,13 +612,17 @@ def listed_seeds(results):
 def markdown_table(header, rows):
     """Lines of Markdown: the first column to the left, the others to the right, "-" for nothing."""
     rows = [[str(cell) or "-" for cell in row] for row in rows]
-    first, *widths = [max(5, *map(len, column)) for column in zip(header, *rows)]
+    rows.insert(0, header)
+    widths = [max(5, *map(len, column)) for column in zip(*rows)]
     lines = []
-    for row in [header, *rows]:
-        cells = "".join(f" {cell:>{width}} |" for cell, width in zip(row[1:], widths))
-        lines.append(f"| {row[0]:{first}} |{cells}")
-    rule = f"|:{'-' * (first + 1)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths)
-    return [lines[0], rule, *lines[1:]]
+    for row in rows:
+        cells = [f"{row[0]:{widths[0]}}"]
+        cells += [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:])]
+        lines.append(f"| {' | '.join(cells)} |")
+    rules = [f":{'-' * (widths[0] + 1)}"]
+    rules += [f"{'-' * (width + 1)}:" for width in widths[1:]]
+    lines.insert(1, f"|{'|'.join(rules)}|")
+    return lines
 
 
 def run_key(result):
@@ -631,9 +635,9 @@ def values_of(seeds, reading):
 
     The HM is that of the averaged base and novel, as in the paper.
     """
-    sides = ["base", "novel"] if seeds[0]["novel"] else ["base"]
-    means = {side: statistics.fmean(seed[side][reading] for seed in seeds) for side in sides}
-    if "novel" in means:
+    means = {"base": statistics.fmean(seed["base"][reading] for seed in seeds)}
+    if seeds[0]["novel"]:
+        means["novel"] = statistics.fmean(seed["novel"][reading] for seed in seeds)
         means["hm"] = harmonic_mean(means["base"], means["novel"])
     return means
 
@@ -648,7 +652,8 @@ def results_table(results):
         rows = []
         for reading in seeds[0]["base"]:
             values = values_of(seeds, reading)
-            rows.append([reading, *(two_digits(values.get(measure)) for measure in MEASURES)])
+            cells = [two_digits(values.get(measure)) for measure in MEASURES]
+            rows.append([reading, *cells])
         lines += ["", f"{dataset}, {run}, {listed_seeds(seeds)}", ""]
         lines += markdown_table(["prompt  ", "base", "novel", "HM"], rows)
     return lines
@@ -895,7 +900,9 @@ def fill(table, results, output):
     lines that fill the empty ones, for runs in the folder `output`; and notes, pairs as in
     `print_notes`.
     """
-    cells, commands, notes = {}, [], []
+    cells = {}
+    commands = []
+    notes = []
     for row in table.rows:
         fill_row = fill_from_source if table.source else fill_from_runs
         row_cells, row_commands, row_notes = fill_row(table, row, results, output)
@@ -926,7 +933,9 @@ def average_cell(table, present, n):
 
 def fill_from_runs(table, row, results, output):
     """`fill` for one row of a table whose cells are runs on their own dataset."""
-    cells, commands, notes = {}, [], []
+    cells = {}
+    commands = []
+    notes = []
     for dataset in table.datasets:
         settings = row.settings(dataset)
         seeds, remarks = find_seeds(results, settings)
@@ -944,7 +953,9 @@ def fill_from_source(table, row, results, output):
     """`fill` for one row of Tables 2 and 4: runs on the source, and what they left on targets."""
     settings = row.settings(table.source)
     seeds, remarks = find_seeds(results, settings)
-    cells, commands, absent = {}, [], []
+    cells = {}
+    commands = []
+    absent = []
     notes = notes_on(f"{row.label}, {table.source}", remarks, seeds)
     if seeds:
         run = shlex.quote(str(seeds[0]["folder"].parent))
@@ -974,8 +985,10 @@ def fill_from_source(table, row, results, output):
 
 def notes_on(cell, remarks, results):
     """Pairs as in `print_notes`: the remarks on a cell, and what its runs have noted."""
-    notes = [note for result in results for note in result["notes"]]
-    return [(note, cell) for note in [*remarks, *notes]]
+    notes = list(remarks)
+    for result in results:
+        notes += result["notes"]
+    return [(note, cell) for note in notes]
 
 
 def train_command(row, settings, output):
@@ -1028,7 +1041,9 @@ def print_paper_table(args):
     output = args.paths[0]
     if results:                                             # output/<dataset>/<run>/seed<k>
         output = os.path.relpath(results[0]["folder"].resolve().parent.parent.parent)
-    records, commands, notes = [], [], []
+    records = []
+    commands = []
+    notes = []
     tables = tables_to_show(table, args.on, results, output)
     for one in tables:
         cells, missing, own_notes = fill(one, results, output)

@@ -125,7 +125,9 @@ def plot_position_matrix(W, path, n_anchor=1, title=None):
     except ImportError as error:
         raise ImportError("drawing the position matrix needs matplotlib: "
                           "pip install matplotlib") from error
-    panels = W if isinstance(W, dict) else {title or "": W}
+    panels = W
+    if not isinstance(W, dict):
+        panels = {title or "": W}
     figure = Figure(figsize=(2.6 * len(panels) + 0.4, 3.0), layout="constrained")
     FigureCanvasAgg(figure)
     row = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -137,7 +139,8 @@ def plot_position_matrix(W, path, n_anchor=1, title=None):
             for j in range(columns):
                 axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=8)
         n_soft = columns - n_anchor
-        tokens = [f"V{j + 1}" for j in range(n_soft)] + [f"A{j + 1}" for j in range(n_anchor)]
+        tokens = [f"V{j + 1}" for j in range(n_soft)]
+        tokens += [f"A{j + 1}" for j in range(n_anchor)]
         axes.set_xticks(range(columns), tokens)
         axes.set_yticks(range(rows), [str(i + 1) for i in range(rows)])
         axes.set_xlabel("token of the original sequence")
