@@ -192,10 +192,7 @@ def load_own(path, seed):
     with advised(OWN_LAYOUT):
         dataset = read_own(folder, seed)
         notes = ["a dataset of one's own: its figures compare with nobody's", *dataset.notes]
-        dataset = completed(dataset, own_name(folder), folder, notes, folder)
-        if len(dataset.class_names) < 2:
-            raise ValueError(f"{folder} has one class alone, {dataset.class_names[0]!r}")
-        return dataset
+        return completed(dataset, own_name(folder), folder, notes, folder)
 
 
 def own_name(folder):
@@ -211,9 +208,12 @@ def own_name(folder):
 def completed(dataset, name, folder, notes, split):
     """What a reader has returned, with names: the dataset's, and the classes' as CLIP reads them.
 
-    ValueError, naming the file `split`, where a class has no image to learn or to test on.
+    ValueError, naming the file or folder `split`, where a class has no image to learn or test on,
+    or there is one class alone.
     """
     class_names = [class_name.replace("_", " ") for class_name in dataset.class_names]
+    if len(class_names) < 2:
+        raise ValueError(f"{split} has one class alone, {class_names[0]!r}")
     for part, items in (("train", dataset.train), ("test", dataset.test)):
         present = {item.label for item in items}
         absent = [name for label, name in enumerate(class_names) if label not in present]
@@ -1069,9 +1069,14 @@ def normalize(crops, device=None):
     """
     if device is not None:
         crops = crops.to(device, non_blocking=True)
-    mean = torch.tensor(CLIP_MEAN, device=crops.device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=crops.device).view(3, 1, 1)
+    mean, std = _mean_and_std(crops.device)
     return (crops.float() / 255 - mean) / std
+
+
+@functools.lru_cache(maxsize=8)                 # so that no training step waits for the GPU
+def _mean_and_std(device):
+    """CLIP's, (3, 1, 1) each. (torchvision's normalize reads a value back from the GPU.)"""
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD)]
 
 
 class BadImage(ValueError):
@@ -1191,7 +1196,8 @@ def epoch_features(images, epochs, encode, device, keep_crops=False, kept=None, 
                 kept.write(epoch, f)
         if f is not None:
             f = f.to(device).float()
-        yield f, torch.cat(crops) if crops else None
+        crops = torch.cat(crops) if crops else None         # not kept twice: they can be gigabytes
+        yield f, crops
 
 
 class KeptFeatures:

@@ -757,11 +757,14 @@ group.add_argument("--anchor-weight", type=not_negative, metavar="WEIGHT",
                    help=f"factor before Eq. 5 {OF_THE_ROW}")
 
 CLIP_OPTIONS = argparse.ArgumentParser(add_help=False)
-group = CLIP_OPTIONS.add_argument_group("CLIP")
+group = CLIP_OPTIONS.add_argument_group(
+    "CLIP", "In eval.py for --dataset, --images and --save-text-features; a run's own settings say "
+    "there which CLIP it needs.")
 group.add_argument("--clip", metavar="NAME_OR_FILE",
                    help=f"one of {', '.join(clip.available_models())}; or a checkpoint file: "
-                        "OpenAI's, OpenCLIP's or HuggingFace's (default: ViT-B/16; the toy CLIP "
-                        "for --dataset toy; in eval.py the run's own, where that has a name)")
+                        "OpenAI's, OpenCLIP's or HuggingFace's (default: in eval.py the run's "
+                        "own, where that has a name; else ViT-B/16, and the toy CLIP for the toy "
+                        "world)")
 group.add_argument("--device", default=default_device(),
                    help="cpu, cuda, cuda:1, mps (default: cuda or mps where there is one; here "
                         "%(default)s)")

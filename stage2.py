@@ -131,20 +131,18 @@ class OneStage:
 
 # -------------------------------------------------------------------- a run
 
-def run_seed(args, settings, seed, dataset, get_clip):
+def run_seed(args, settings, seed, dataset, task, descriptions, get_clip):
     """One run: the anchor, the learner, training, the inference rule, saving. Returns its results.
 
-    dataset: a `data.Dataset`. get_clip: a function that loads CLIP, once. A run that is finished is
-    not run again. Raises ValueError and OSError (BlockingIOError where another process is at work
-    on it) in one line.
+    dataset: a `data.Dataset`. task: its `data.Task` of this seed. descriptions: the
+    `stage1.Descriptions` of the base classes, or None where no anchor is learnt. get_clip: a
+    function that loads CLIP, once. A run that is finished is not run again. Raises ValueError and
+    OSError (BlockingIOError where another process is at work on it) in one line.
     """
     folder = stage1.run_folder(args.output, settings, seed)
-    task = data.few_shot_task(dataset, settings["classes"], settings["shots"], seed)
     # What the run depends on beside its settings, which hold the digest of an --anchor file.
     facts = data.digests(dataset, task)
-    descriptions = None
-    if settings["template"] == "anchoropt" and not args.anchor:
-        descriptions = stage1.read_descriptions(task.base_names, args, settings)
+    if descriptions is not None:
         facts |= {"descriptions' sentences": data.digest(descriptions.sentences)}
 
     with stage1.only_process(folder, wait=False, what=f"seed {seed}"):
@@ -454,11 +452,16 @@ def run(args):
     if dataset.name not in data.DATASETS:
         stage1.note_on_own(settings)
     get_clip = functools.cache(lambda: stage1.load_clip_for(settings, args))
+    learns_anchor = settings["template"] == "anchoropt" and not args.anchor
+    descriptions = None
     results = []
     for seed in args.seeds:
         if dataset.notes and results:           # a split that was made here depends on the seed
             dataset = data.load_dataset(args.dataset, args.root, seed)
-        results.append(run_seed(args, settings, seed, dataset, get_clip))
+        task = data.few_shot_task(dataset, settings["classes"], settings["shots"], seed)
+        if learns_anchor and descriptions is None:      # the classes are the same for all seeds
+            descriptions = stage1.read_descriptions(task.base_names, args, settings)
+        results.append(run_seed(args, settings, seed, dataset, task, descriptions, get_clip))
     evaluation.print_table(results)
 
 

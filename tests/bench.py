@@ -4,8 +4,9 @@
     python tests/bench.py --quick              20 classes, one timing: under 3 minutes on two cores
     python tests/bench.py --device cuda --dtype float16
 
-project       a step of `stage2.adapt`. Images are encoded once an epoch in large batches, and each
-              step is charged its share (on a CPU, `encode_image` itself goes on 8 at a time).
+project       an epoch of one step of `stage2.adapt`, its order and what MaPLe does to its crops
+              included. Images are encoded once an epoch in large batches, and each step is charged
+              its share (on a CPU, `encode_image` itself goes on 8 at a time).
 features kept the same for whoever comes second with --feature-cache: instead of the images' share
               that of reading the epoch's file, `data.KeptFeatures`.
 conventional  77 positions for every class through CLIP's own, unmodified residual blocks; the

@@ -964,6 +964,22 @@ def test_one_class_on_a_side_is_no_choice(tmp_path):
     worlds.one_line(error, "pets has 2 classes", "--classes all")
     task = data.few_shot_task(dataset, "all", shots=2)
     assert task.base_names == ["cat", "dog"] and not task.novel_names and len(task.train) == 4
+    for n in (3, 4):
+        names = ["cat", "dog", "emu", "fox"][:n]
+        items = [data.Item(f"{name}.png", label) for label, name in enumerate(names)]
+        zoo = data.Dataset(names, items, [], items, folder=".")
+        if n == 3:
+            with pytest.raises(ValueError, match="one alone"):
+                data.few_shot_task(zoo)
+        else:
+            assert data.few_shot_task(zoo).novel_names == ["emu", "fox"]
+
+
+def test_one_class_alone_is_refused_in_any_dataset(tmp_path):
+    worlds.eurosat_tree(str(tmp_path), classes=1)
+    with pytest.raises(ValueError) as error:
+        data.load_dataset("eurosat", tmp_path)
+    worlds.one_line(error, "split_zhou_EuroSAT.json has one class alone, 'Annual Crop Land'")
 
 
 # ----------------------------------------------------------------------------------- descriptions
