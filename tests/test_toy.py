@@ -205,5 +205,5 @@ def test_stage_1_does_its_work_on_base_and_on_novel_classes(validation):
 
 
 def test_stage_1_brings_anchor_prompts_and_descriptions_together(stage1_run):
-    before, after = map(float, re.search(r"cosine .* (\S+) -> (\S+);", stage1_run[0]).groups())
+    before, after = map(float, re.search(r"cosine .* (\S+) -> (\S+)\n", stage1_run[0]).groups())
     assert after > before + 0.05
