@@ -682,6 +682,8 @@ def not_there(fact, path, top, named=()):
         parts = pathlib.Path(path).relative_to(top).parts
     except ValueError:                                      # not below top
         parts = ()
+    if ".." in parts:                                       # out of it again
+        parts = ()
     for i, part in enumerate(parts):
         here = os.path.join(top, *parts[:i])
         if not os.path.isdir(here):
@@ -1263,7 +1265,8 @@ def written_aside(path):
         raise OSError(f"could not write {path} ({reason}); what was finished before is kept: make "
                       "room or choose another place, then run the same command again") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                  # there may be no such folder
+            aside.unlink()
 
 
 # ---------------------------------------------------------------------- command line: what is there

@@ -24,6 +24,7 @@ import pathlib
 import shlex
 import statistics
 import sys
+import textwrap
 from typing import NamedTuple
 
 import numpy as np
@@ -164,8 +165,10 @@ def load_prompt(path):
     try:
         content = read_as_data(path)
     except ValueError as error:
-        raise ValueError(f"{path} could not be read ({error}); train it again with "
-                         "--overwrite") from error
+        advice = "give a run's folder or its prompt.pt"
+        if pathlib.Path(path).name == "prompt.pt":
+            advice = "train it again with --overwrite"
+        raise ValueError(f"{path} could not be read ({error}); {advice}") from error
     if not is_prompt(content):
         raise ValueError(f"{path} is not a prompt.pt of stage2.py")
     # Files from before a CLIP had settings of its own lack them.
@@ -377,6 +380,8 @@ def read_class_names(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}); expected a class name a "
                          "line") from error
+    if text.lstrip()[:1] in ("{", "["):
+        raise ValueError(f"{path} looks like JSON; expected a class name a line")
     names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{path} is empty; expected a class name a line")
@@ -453,10 +458,12 @@ def evaluate_run(path, dataset, dataset_path, args, get_clip):
         known = True
     notes, comparable = notes_of_run(path)
     notes += dataset.notes
-    if settings["classes"] != "all":
+    if settings["classes"] != "all" and settings["baseline"] != "clip":
         known = comparable = False
-        notes.append("learnt on base classes alone, so final is the ensemble for all classes; "
-                     "Tables 2 and 4 are of runs with --classes all")
+        note = "learnt on base classes alone; Tables 2 and 4 are of runs with --classes all"
+        if settings["template"] == "anchoropt":
+            note += "; final is the ensemble for all classes"
+        notes.append(note)
     learner = load_learner(path, saved, get_clip(path, settings), args.class_chunk)
     learner.set_classes(dataset.class_names)
     torch.manual_seed(saved["seed"])            # of W, with --test-position sample
@@ -576,8 +583,10 @@ def load_result(path):
     elif sound:                                                 # nothing is novel
         sound = result.get("novel", "missing") is None
     if not sound or not has_sound_W(result):
-        raise ValueError(f"{path} is not a results.json of stage2.py; run it again with "
-                         "--overwrite")
+        advice = ""
+        if path.name == "results.json":
+            advice = "; run it again with --overwrite"
+        raise ValueError(f"{path} is not a results.json of stage2.py{advice}")
     return result | {"run": path.resolve().parent.parent.name, "folder": path.parent}
 
 
@@ -588,7 +597,11 @@ def load_results(paths):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; give the folder that stage2.py wrote "
                                     "to (--output)")
-        files = sorted(path.rglob("results.json")) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():
+            files = sorted(path.rglob("results.json"))
+        elif path.name == "prompt.pt":                          # the run's other file
+            files = [path.with_name("results.json")]
         found |= {file.resolve(): file for file in files}
     results = [load_result(path) for path in found.values()]
     folders = {}                                            # of each seed of a run
@@ -716,17 +729,16 @@ def draw_figure4(results, path):
             first.setdefault(run_key(result), result)
     if not first:
         raise ValueError("no run with a learnt position matrix here; make one: python stage2.py")
-    lengths = sorted({result["settings"]["anchor_length"] for result in first.values()})
-    if len(lengths) > 1:
-        raise ValueError(f"runs with {' and '.join(map(str, lengths))} anchor tokens do not go "
-                         "into one picture; name fewer runs")
     panels = {}
+    n_anchor = {}
     for key in sorted(first):
-        panels[panel_title(key, first)] = first[key]["position_matrix"]["end"]
+        title = panel_title(key, first)
+        panels[title] = first[key]["position_matrix"]["end"]
+        n_anchor[title] = first[key]["settings"]["anchor_length"]
     if not pathlib.Path(path).suffix:                           # it says the format
         path = f"{path}.png"
     with data.written_aside(path) as aside:
-        plot_position_matrix(panels, aside, lengths[0])
+        plot_position_matrix(panels, aside, n_anchor)
     print(f"{path}: " + ", ".join(str(first[key]["folder"]) for key in sorted(first)))
 
 
@@ -736,8 +748,8 @@ def panel_title(key, keys):
     if len({other[0] for other in keys}) == len(keys):
         return dataset
     if len({other[:2] for other in keys}) == len(keys):
-        return f"{dataset}\n{run}"
-    return f"{dataset}\n{folder}"
+        return dataset + "\n" + "\n".join(textwrap.wrap(run, 40))
+    return dataset + "\n" + "\n".join(textwrap.wrap(folder, 40))
 
 
 # ---------------------------------------------------------------------------- the paper's tables

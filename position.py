@@ -114,8 +114,9 @@ def fixed_matrix(arrangement, n_soft, n_anchor):
 def plot_position_matrix(W, path, n_anchor=1, title=None):
     """Fig. 4: draws W with tokens of the original sequence as columns and prompt positions as rows.
 
-    W (K, K), or a dict title -> W to draw several side by side as the paper does; path: the picture
-    to write (its ending sets the format); n_anchor = N: how many of the last columns are anchors.
+    W (K, K), or a dict title -> W to draw several side by side as the paper does, five in a row;
+    path: the picture to write (its ending sets the format); n_anchor = N: how many of the last
+    columns are anchors, or a dict title -> N.
     Raises ImportError, saying what to install, where matplotlib is missing.
     """
     try:
@@ -128,22 +129,26 @@ def plot_position_matrix(W, path, n_anchor=1, title=None):
     panels = W
     if not isinstance(W, dict):
         panels = {title or "": W}
-    figure = Figure(figsize=(2.6 * len(panels) + 0.4, 3.0), layout="constrained")
+    across = min(5, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(2.6 * across + 0.4, 3.0 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    row = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (name, matrix) in zip(row, panels.items()):
+    grid = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in grid[len(panels):]:
+        axes.set_axis_off()
+    for axes, (name, matrix) in zip(grid, panels.items()):
         matrix = torch.as_tensor(matrix, dtype=torch.float32).detach().cpu()
         rows, columns = matrix.shape
         axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1.25)    # a 1 stays legible
         for i in range(rows):
             for j in range(columns):
                 axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=8)
-        n_soft = columns - n_anchor
-        tokens = [f"V{j + 1}" for j in range(n_soft)]
-        tokens += [f"A{j + 1}" for j in range(n_anchor)]
+        N = n_anchor[name] if isinstance(n_anchor, dict) else n_anchor
+        tokens = [f"V{j + 1}" for j in range(columns - N)]
+        tokens += [f"A{j + 1}" for j in range(N)]
         axes.set_xticks(range(columns), tokens)
         axes.set_yticks(range(rows), [str(i + 1) for i in range(rows)])
         axes.set_xlabel("token of the original sequence")
         axes.set_ylabel("position in the prompt")
-        axes.set_title(name)
+        axes.set_title(name, fontsize=10 if len(name) < 30 else 6)
     figure.savefig(path)

@@ -244,7 +244,7 @@ def run(args):
     descriptions = read_descriptions(task.base_names, args, settings)
     clip_model = load_clip_for(settings, args)
     # The few-shot picks differ between seeds, but no image is read: only theta_a's start does.
-    for seed in args.seeds:
+    for seed in dict.fromkeys(args.seeds):
         tokens = get_anchor(clip_model, task.base_names, descriptions, args, settings, seed)
         if args.nearest:
             print_nearest(tokens, clip_model, args.nearest)
@@ -542,6 +542,10 @@ def resolve(args, defaults):
         if key in ("clip", "descriptions", "anchor"):
             value = clip_identity(value)                    # a name by content: files move
         settings[key] = value
+    for key in ("tau", "test_position"):
+        if getattr(args, key, None) and settings["arrangement"] != "adaptive":
+            raise ValueError(f"--{key.replace('_', '-')} has no meaning with --arrangement "
+                             f"{settings['arrangement']}, where no W is learnt")
     return settings
 
 
@@ -671,13 +675,19 @@ class Parser(argparse.ArgumentParser):
     """argparse, with an error in one line."""
 
     def error(self, message):
+        if message.endswith("required: RUN"):
+            message += ", which comes before the options"
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
 
 
 def at_least(least):
     """An argparse type: whole numbers from `least` on."""
     def whole_number(text):
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be whole numbers, parted by spaces where there "
+                                             f"are several, not {text!r}") from None
         if not least <= value < 2 ** 31:
             raise argparse.ArgumentTypeError(f"must be at least {least} and below 2^31, not "
                                              f"{text}")
@@ -804,6 +814,7 @@ def run_script(name, run, args):
     """Runs a script's body; what a user can mend ends in one line. Returns the exit code."""
     try:
         run(args)
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         again = "goes on from there"
@@ -818,8 +829,13 @@ def run_script(name, run, args):
             if hasattr(args, option):
                 advice = f"lower --{option.replace('_', '-')}, {advice}"
         complain(name, f"out of memory ({reason}); {advice}")
+    except BrokenPipeError:                     # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as error:
-        complain(name, str(error))
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:       # not in our words yet
+            message = f"{error.filename}: {error.strerror}"
+        complain(name, message)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

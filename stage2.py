@@ -1,6 +1,6 @@
 """Stage II, adaptation (Sec. 3.2.2, Fig. 2b, Algorithm 1's second loop); one-stage training.
 
-    python stage2.py                                                    the toy world: half a minute
+    python stage2.py                                                    the toy world: a minute
     python stage2.py --dataset caltech101 --baseline coop --root $DATA  a cell of Table 1
     python stage2.py --baseline maple --template atprompt --seeds 1 2 3
 
@@ -287,8 +287,6 @@ def learn_prompt(learner, task, descriptions, args, settings, seed, folder, fact
                                    args.workers)
     labels = torch.tensor([item.label for item in task.train], device=device)
     adapt(learner, epochs, features, labels, settings, seed, f_anc, anchor_step)
-    if args.feature_cache:
-        stage1.print_disk_use(args.feature_cache)
 
 
 def learnt_W(learner):
@@ -455,13 +453,15 @@ def run(args):
     learns_anchor = settings["template"] == "anchoropt" and not args.anchor
     descriptions = None
     results = []
-    for seed in args.seeds:
+    for seed in dict.fromkeys(args.seeds):
         if dataset.notes and results:           # a split that was made here depends on the seed
             dataset = data.load_dataset(args.dataset, args.root, seed)
         task = data.few_shot_task(dataset, settings["classes"], settings["shots"], seed)
         if learns_anchor and descriptions is None:      # the classes are the same for all seeds
             descriptions = stage1.read_descriptions(task.base_names, args, settings)
         results.append(run_seed(args, settings, seed, dataset, task, descriptions, get_clip))
+    if args.feature_cache:
+        stage1.print_disk_use(args.feature_cache)
     evaluation.print_table(results)
 
 

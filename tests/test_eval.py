@@ -8,6 +8,8 @@ import os
 import pathlib
 import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -860,7 +862,9 @@ def test_copies_of_a_run_in_two_trees_are_two_runs(tmp_path, capsys, drawn):
     assert run(evaluation, tmp_path, "--figure", "4", "--output", tmp_path / "a.png") == 0
     ((panels, _),) = drawn
     runs = [tmp_path / tree / "dtd" / "coop-anchoropt" for tree in ("a", "b")]
-    assert list(panels) == [f"dtd\n{folder}" for folder in runs]
+    titles = [title.split("\n", 1) for title in panels]
+    assert [(first, rest.replace("\n", "")) for first, rest in titles] \
+        == [("dtd", str(folder)) for folder in runs]
 
 
 def test_figure_4_draws_the_lowest_seed_of_every_run(tmp_path, capsys, drawn):
@@ -874,13 +878,36 @@ def test_figure_4_draws_the_lowest_seed_of_every_run(tmp_path, capsys, drawn):
     assert (tmp_path / "a.png").read_text() == "picture"
     made_up(tmp_path, "eurosat", tau=0.5)
     assert run(evaluation, tmp_path, "--figure", "4", "--output", tmp_path / "b.png") == 0
-    assert drawn[0] == ({"dtd": [[1, 0], [0, 1]], "eurosat": [[1, 0], [0, 1]]}, 1)
+    assert drawn[0] == ({"dtd": [[1, 0], [0, 1]], "eurosat": [[1, 0], [0, 1]]},
+                        {"dtd": 1, "eurosat": 1})
     assert list(drawn[1][0]) == ["dtd\ncoop-anchoropt", "eurosat\ncoop-anchoropt",
                                  "eurosat\ncoop-anchoropt,tau=0.5"]
     made_up(tmp_path, "dtd", anchor_length=2)
-    refused(capsys, evaluation, [tmp_path, "--figure", "4"], "1 and 2 anchor tokens")
+    assert run(evaluation, tmp_path, "--figure", "4", "--output", tmp_path / "c.png") == 0
+    assert drawn[2][1]["dtd\ncoop-anchoropt,anchor_length=2"] == 2
     plain = tmp_path / "eurosat" / "coop-plain"
     refused(capsys, evaluation, [plain, "--figure", "4"], "no run with")
+
+
+def test_the_other_file_of_a_run_stands_for_it_and_no_advice_would_lose_one(tmp_path, capsys):
+    folder = made_up(tmp_path, "dtd")
+    (folder / "prompt.pt").write_text("a good one")
+    assert run(evaluation, folder / "prompt.pt") == 0
+    assert "dtd, coop-anchoropt, seed 1" in capsys.readouterr().out
+    (folder / "copy.json").write_text("no results")
+    line = refused(capsys, evaluation, [folder / "copy.json"], "copy.json is not a results.json")
+    assert "--overwrite" not in line
+    line = refused(capsys, evaluation, [folder / "results.json", "--images", __file__],
+                   "give a run's folder or its prompt.pt")
+    assert "--overwrite" not in line
+
+
+def test_a_reader_who_has_seen_enough_is_left_quietly(tmp_path):
+    made_up(tmp_path, "dtd")
+    command = f"{shlex.quote(sys.executable)} {evaluation.__file__} {tmp_path} --table 1 | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "## Table 1: base to novel classes\n"
+    assert "pipe" not in done.stderr and "Traceback" not in done.stderr
 
 
 def test_figure_4_is_a_picture(tmp_path):
@@ -1464,6 +1491,7 @@ def test_wrong_pictures_classes_and_runs_end_in_one_line(toy_run, world, tmp_pat
     folder, _ = toy_run
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "latin1.txt").write_bytes("Éclair\n".encode("latin1"))
+    (tmp_path / "names.json").write_text('{"ant": ["It is small."]}')
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
     (tmp_path / "nothing").mkdir()
     picture = folder / "a.jpg"
@@ -1473,7 +1501,9 @@ def test_wrong_pictures_classes_and_runs_end_in_one_line(toy_run, world, tmp_pat
                         (["--images", tmp_path / "nothing"], "nothing"),
                         ([*classes_from, tmp_path / "empty.txt"], "empty.txt is"),
                         ([*classes_from, tmp_path / "latin1.txt"], "latin1.txt is"),
-                        ([*classes_from, tmp_path / "gone.txt"], "gone.txt"),
+                        ([*classes_from, tmp_path / "gone.txt"], "gone.txt: No such file"),
+                        ([*classes_from, tmp_path / "names.json"], "names.json looks like JSON"),
+                        (["--images", picture, "--csv", picture / "x.csv"], "could not write"),
                         (["--images", picture, "--clip", "ViT-B/16"], "trained with CLIP toy")):
         refused(capsys, evaluation, [seed1(folder), "--device", "cpu", *argv], words)
     for seed in ("seed1", "seed2"):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import position
 from position import PositionMatrix, fixed_matrix, rearrange
@@ -124,6 +125,14 @@ def test_plot_writes_a_picture(tmp_path):
     assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
     position.plot_position_matrix(torch.eye(3)[[2, 0, 0]], tmp_path / "w.svg", 1, "CoOp")
     assert (tmp_path / "w.svg").stat().st_size > 1000
+
+
+def test_many_matrices_of_several_lengths_go_into_rows_of_five(tmp_path):
+    pytest.importorskip("matplotlib")
+    panels = {f"run {i}": torch.eye(2 + i) for i in range(7)}
+    position.plot_position_matrix(panels, tmp_path / "w.png", {name: 1 for name in panels})
+    with Image.open(tmp_path / "w.png") as picture:
+        assert picture.size == (1340, 600)                      # 5 x 2.6 + 0.4 by 2 x 3 inches
 
 
 def test_plot_names_rows_columns_and_entries(tmp_path, monkeypatch):

@@ -861,7 +861,8 @@ def test_the_disk_use_of_the_cache_is_printed(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     kept = list((tmp_path / "cache").iterdir())
     assert {path.suffix for path in kept} == {".npz"} and len(kept) == 4    # 2 epochs, 2 sides
-    assert f"features kept: 2 files, 0.0 MB in {tmp_path / 'cache'}\n" in printed
+    size = sum(path.stat().st_size for path in kept) / 1e6
+    assert f"features kept: 4 files, {size:.1f} MB in {tmp_path / 'cache'}\n" in printed
 
 
 DAMAGES = {"cut in half": lambda content, other: content[:len(content) // 2],
@@ -1052,7 +1053,8 @@ def test_a_missing_pkg_resources_is_one_line(tmp_path):
     (["--epochs", "-1"], "--epochs: must be at least 0"),
     (["--baseline", "clip", "--epochs", "3"], "--epochs has no meaning for clip"),
     (["--baseline", "dept", "--w-cat", "2"], "--w-cat: must be from 0 to 1, not 2"),
-    (["--epochs", "many"], "--epochs: invalid whole_number value: 'many'"),
+    (["--epochs", "many"], "--epochs: must be whole numbers"),
+    (["--seeds", "1,2,3"], "must be whole numbers, parted by spaces where there are several"),
     (["--lr", "nan"], "--lr: must be a positive number, not nan"),
     (["--one-stage", "--lr", "0"], "--lr: must be a positive number"),
     (["--lambda-2", "-1"], "--lambda-2: must be 0 or a positive number"),
@@ -1066,7 +1068,8 @@ def test_a_missing_pkg_resources_is_one_line(tmp_path):
     (["--descriptions", "nowhere.json"], "--descriptions nowhere.json does not exist"),
     (["--template", "atprompt", "--attributes", "shape", " "],
      "attributes ['shape', ' ']: each must"),
-    (["--anchor-length", "80"], "too long for CLIP's 77 tokens"),
+    (["--anchor-length", "80"], "85 tokens in front of the class names leave too little of CLIP's"),
+    (["--arrangement", "before", "--tau", "0.1"], "--tau has no meaning with --arrangement before"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, argv, said):
     monkeypatch.chdir(tmp_path)
