@@ -953,12 +953,23 @@ def fill_from_runs(table, row, results, output):
         seeds, remarks = find_seeds(results, settings)
         if not seeds:
             commands.append(train_command(row, settings, output))
+            notes += notes_on(f"{row.label}, {dataset}", left_out(results, row, dataset), [])
             continue
         comparable = all(compares(seed, settings) for seed in seeds)
         values = values_of(seeds, row.reading)
         cells[dataset, row.label] = Cell(values, listed_seeds(seeds), comparable)
         notes += notes_on(f"{row.label}, {dataset}", remarks, seeds)
     return cells, commands, notes
+
+
+def left_out(results, row, dataset):
+    """Why a cell is empty although its method was run there: a remark in a list, or none."""
+    cell = {"dataset": dataset, "baseline": row.baseline, "template": row.template} | row.changed
+    runs = {result["run"] for result in results
+            if all(result["settings"].get(key) == value for key, value in cell.items())}
+    if not runs:
+        return []
+    return [f"no run with the table's settings; left out: {', '.join(sorted(runs)[:3])}"]
 
 
 def fill_from_source(table, row, results, output):

@@ -67,10 +67,10 @@ def adapt(learner, epochs, features, labels, settings, seed, f_anc=None, anchor_
                 anchor_step()                               # theta_a, by Eq. 5 (one stage alone)
 
             # The normal prompt's answer. Its W is drawn in AnchorTemplate.forward, in every step
-            # anew, once for all classes, images, layers (Algorithm 1 shows it above its loop).
+            # anew, once for all classes, images, layers (Algorithm 1 shows it above its loop). Only
+            # CoCoOp's prompts depend on the image.
             f_img = learner.image_features(f, x)            # f_I(x): f itself, but for MaPLe
-            f_norm = learner.text_features(f_img)           # f_T(t_norm), Eqs. 6-9 (or 2, or 3);
-            #                                                 of CoCoOp alone it depends on f_I(x)
+            f_norm = learner.text_features(f_img)           # f_T(t_norm), Eqs. 6-9 (or 2, or 3)
             l_norm = learner.logits(f_img, f_norm)          # logits of q_norm, Eq. 1: (B, C)
             ce = losses.cross_entropy(l_norm, y)            # Eq. 10
             ce = learner.own_loss(ce, f_img, f_norm, y)     # DePT mixes in its base-class head's

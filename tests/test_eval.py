@@ -839,6 +839,17 @@ def test_bad_options_end_in_one_line(tmp_path, capsys):
         parser_refuses(capsys, argv, words)
 
 
+def test_a_table_says_which_runs_it_leaves_out_of_an_empty_cell(tmp_path, capsys):
+    made_up(tmp_path, "dtd", shots=2)
+    assert run(evaluation, tmp_path, "--table", "1") == 0
+    out = capsys.readouterr().out
+    assert ("no run with the table's settings; left out: coop-anchoropt,shots=2 "
+            "(CoOp + AnchorOPT, dtd)") in out and out.count("left out") == 1
+    made_up(tmp_path, "dtd")
+    assert run(evaluation, tmp_path, "--table", "1") == 0
+    assert "left out" not in capsys.readouterr().out
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """The panels of each picture, instead of pictures."""
