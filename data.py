@@ -1185,21 +1185,28 @@ def epoch_features(images, epochs, encode, device, keep_crops=False, kept=None, 
         elif f is None:                                     # what was kept turns out damaged
             own = loader(images, [epoch], workers=workers, device=device)
 
-        parts, crops = [], []
-        for crop, _ in own:
-            if keep_crops:
-                crops.append(crop)
-            if encode is not None and f is None:
-                with torch.no_grad():
-                    parts.append(encode(normalize(crop, device)))
-        if parts:
-            f = torch.cat(parts)
+        new, crops = through_tower(own, encode if f is None else None, device, keep_crops)
+        if new is not None:
+            f = new
             if kept is not None:
                 kept.write(epoch, f)
         if f is not None:
             f = f.to(device).float()
-        crops = torch.cat(crops) if crops else None         # not kept twice: they can be gigabytes
         yield f, crops
+
+
+@torch.no_grad()
+def through_tower(batches, encode, device, keep_crops):
+    """encode of the crops of these batches, (n, d), or None without it; and the crops, or None."""
+    features, crops = [], []
+    for crop, _ in batches:
+        if keep_crops:
+            crops.append(crop)
+        if encode is not None:
+            features.append(encode(normalize(crop, device)))
+    features = torch.cat(features) if features else None
+    crops = torch.cat(crops) if crops else None
+    return features, crops
 
 
 class KeptFeatures:
