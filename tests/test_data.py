@@ -975,6 +975,19 @@ def test_one_class_on_a_side_is_no_choice(tmp_path):
             assert data.few_shot_task(zoo).novel_names == ["emu", "fox"]
 
 
+def test_a_path_that_leads_out_of_the_root_gets_no_advice_to_move_it(tmp_path):
+    folder = tmp_path / "data" / "birds"
+    worlds.own_split_tree(folder)
+    split = json.loads((folder / "split.json").read_text())
+    for row in split["train"]:
+        row[0] = f"../../../{row[0]}"
+    (folder / "split.json").write_text(json.dumps(split))
+    with pytest.raises(FileNotFoundError) as error:
+        data.load_dataset(folder)
+    line = worlds.one_line(error, "split.json names")
+    assert "move" not in line and "rename" not in line
+
+
 def test_one_class_alone_is_refused_in_any_dataset(tmp_path):
     worlds.eurosat_tree(str(tmp_path), classes=1)
     with pytest.raises(ValueError) as error:

@@ -1095,6 +1095,21 @@ def test_an_evaluation_from_before_facts_were_kept_is_made_again(world, tmp_path
     assert "finished already" not in capsys.readouterr().out
 
 
+def test_only_who_has_an_ensemble_is_noted_to_answer_with_it(world, tmp_path, capsys):
+    folder, _ = world
+    common = ["--dataset", "caltech101", "--root", folder / "data", "--clip", folder / "tiny.pt",
+              "--device", "cpu", "--no-plot", "--output", tmp_path / "o"]
+    said = {}
+    for cell in (["--baseline", "clip"], ["--template", "plain", "--epochs", 1]):
+        assert run(stage2, *common, *cell) == 0
+    for file in sorted((tmp_path / "o").rglob("prompt.pt")):
+        assert run(evaluation, *elsewhere(folder, file.parent, "dtd")) == 0
+        notes = json.loads((file.parent / "eval-dtd.json").read_text())["notes"]
+        said[file.parent.parent.name.split(",")[0]] = " ".join(notes)
+    assert "learnt on base classes alone" in said["coop-plain"]
+    assert "base classes" not in said["clip"] and "ensemble" not in "".join(said.values())
+
+
 def test_what_is_noted_about_a_run_travels_to_its_evaluations(world, tmp_path, capsys):
     folder, _ = world
     path = copy_of_the_run(folder, tmp_path)

@@ -299,6 +299,23 @@ def test_switches_of_how_it_is_computed_leave_the_figures(tmp_path, baseline, mo
     assert loss[0] == pytest.approx(loss[1], rel=1e-4)
 
 
+def test_a_seed_that_is_given_twice_counts_once(tmp_path, capsys):
+    assert run(stage2, "--output", tmp_path, "--seeds", 2, 2, "--template", "plain",
+               "--epochs", 1) == 0
+    out = capsys.readouterr().out
+    assert "coop-plain,epochs=1, seed 2\n" in out and "finished already" not in out
+
+
+def test_what_is_said_of_descriptions_is_said_once_for_all_seeds(tmp_path, capsys,
+                                                                 own_descriptions):
+    path, sentences = own_descriptions
+    name = toy_names()[0]
+    path.write_text(json.dumps(sentences | {name: [*sentences[name], "..."]}))
+    command = ["--output", tmp_path / "o", *QUICK, "--seeds", 1, 2]
+    assert run(stage2, *command) == 0
+    assert capsys.readouterr().out.count("sentences without a letter or digit") == 1
+
+
 def test_several_seeds_end_in_the_mean_and_the_hm_of_the_means(tmp_path, capsys):
     assert run(stage2, "--output", tmp_path, "--seeds", 1, 2, 3, "--template", "plain",
                "--epochs", 1) == 0
@@ -1048,6 +1065,7 @@ def test_a_missing_pkg_resources_is_one_line(tmp_path):
     (["--template", "plain", "--tau", "2"], "--tau has no meaning for coop-plain"),
     (["--template", "plain", "--one-stage"], "use --template anchoropt"),
     (["--one-stage", "--anchor-epochs", "3"], "--anchor-epochs has no meaning"),
+    (["--one-stage", "--epochs", "0"], "learns its anchor in Stage II: --epochs must be at"),
     (["--baseline", "coop", "--depth", "2"], "--depth has no meaning for coop"),
     (["--tau", "0"], "--tau: must be a positive number, not 0"),
     (["--epochs", "-1"], "--epochs: must be at least 0"),
