@@ -766,10 +766,7 @@ def few_shot(train, val, shots=16, seed=1):
     rng = random.Random(seed)                               # the stream of random.seed(seed)
     picked_train, picked_val = [], []
     for items, n, picked in ((train, shots, picked_train), (val, min(shots, 4), picked_val)):
-        of_label = {}
-        for item in items:
-            of_label.setdefault(item.label, []).append(item)
-        for same_label in of_label.values():
+        for same_label in group_by(lambda item: item.label, items).values():
             if len(same_label) >= n:
                 same_label = rng.sample(same_label, n)
             picked += same_label
