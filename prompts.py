@@ -102,8 +102,8 @@ def class_suffix(clip_model, texts, before=1, inside=None):
     if inside is not None:
         room -= len(inside)
     if room < 2:                                                    # a name and its full stop
-        raise ValueError(f"{before} tokens in front of the class names leave too little of CLIP's "
-                         f"{max_tokens}: take fewer soft, anchor or attribute tokens")
+        raise ValueError(f"{max_tokens - 1 - room} tokens around each class name leave too little "
+                         f"of CLIP's {max_tokens}: take fewer soft, anchor or attribute tokens")
     too_long = [text for text, own in zip(texts, ids) if len(own) > room]
     if too_long:
         raise ValueError(f"too long for CLIP's {max_tokens} tokens, of which {room} are left for "

@@ -1086,7 +1086,8 @@ def test_a_missing_pkg_resources_is_one_line(tmp_path):
     (["--descriptions", "nowhere.json"], "--descriptions nowhere.json does not exist"),
     (["--template", "atprompt", "--attributes", "shape", " "],
      "attributes ['shape', ' ']: each must"),
-    (["--anchor-length", "80"], "85 tokens in front of the class names leave too little of CLIP's"),
+    (["--anchor-length", "80"], "85 tokens around each class name leave too little of CLIP's 77"),
+    (["--anchor-length", "80", "--arrangement", "after-class"], "85 tokens around each class name"),
     (["--arrangement", "before", "--tau", "0.1"], "--tau has no meaning with --arrangement before"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, argv, said):
