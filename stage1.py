@@ -829,8 +829,12 @@ def run_script(name, run, args):
             if hasattr(args, option):
                 advice = f"lower --{option.replace('_', '-')}, {advice}"
         complain(name, f"out of memory ({reason}); {advice}")
-    except BrokenPipeError:                     # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError as error:
+        try:
+            sys.stdout.flush()
+            complain(name, f"{error}: a process that it works with has ended")
+        except BrokenPipeError:                 # `| head` has seen enough: no more to be said
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None:       # not in our words yet

@@ -736,6 +736,13 @@ def test_workers_without_shared_memory_end_in_one_line(capsys):
         stage1.run_script("stage2.py", other_fault, stage2.parse([]))
 
 
+def test_only_a_reader_of_the_output_may_leave_without_a_word(capsys):
+    def worker_gone(args):
+        raise BrokenPipeError(32, "Broken pipe")
+    assert stage1.run_script("stage2.py", worker_gone, stage2.parse([])) == 2
+    worlds.one_line(capsys.readouterr().err, "stage2.py: [Errno 32] Broken pipe")
+
+
 def test_advice_names_options_that_the_script_has(capsys):
     def out_of_memory(args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
