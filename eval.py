@@ -979,12 +979,13 @@ def fill_from_source(table, row, results, output):
     cells = {}
     commands = []
     absent = []
-    notes = notes_on(f"{row.label}, {table.source}", remarks, seeds)
     if seeds:
         run = shlex.quote(str(seeds[0]["folder"].parent))
     else:                               # * stands for what is not known yet (descriptions, clip)
         run = shlex.quote(str(stage1.run_folder(output, settings, 1).parent)) + "*"
         commands.append(train_command(row, settings, output))
+        remarks = left_out(results, row, table.source)
+    notes = notes_on(f"{row.label}, {table.source}", remarks, seeds)
 
     for dataset in table.datasets:
         if dataset == table.source:

@@ -848,6 +848,9 @@ def test_a_table_says_which_runs_it_leaves_out_of_an_empty_cell(tmp_path, capsys
     made_up(tmp_path, "dtd")
     assert run(evaluation, tmp_path, "--table", "1") == 0
     assert "left out" not in capsys.readouterr().out
+    made_up(tmp_path, "imagenet", evaluation.TRANSFER[0], shots=2)
+    assert run(evaluation, tmp_path, "--table", "4") == 0
+    assert "left out: coop-plain,classes=all,shots=2 (CoOp, imagenet)" in capsys.readouterr().out
 
 
 @pytest.fixture
