@@ -1023,7 +1023,7 @@ def train_command(row, settings, output):
              "--baseline", row.baseline, "--template", row.template]
     for key, value in row.changed.items():
         if value != defaults[key]:
-            words.append("--" + key.replace("_", "-"))
+            words.append(stage1.option_of(key))
             if value is not True:
                 words.append(str(value))
     words.append("--seeds 1 2 3")
@@ -1183,13 +1183,13 @@ def parse(argv):
                            formatter_class=argparse.RawDescriptionHelpFormatter,
                            parents=[EVAL_OPTIONS, stage1.CLIP_OPTIONS, stage1.IMAGE_OPTIONS])
     args = parser.parse_args(argv)
-    given = ["--" + name.replace("_", "-") for name in WHAT_TO_DO if getattr(args, name)]
+    given = [stage1.option_of(name) for name in WHAT_TO_DO if getattr(args, name)]
     if len(given) > 1:
         parser.error(f"{' and '.join(given)} do not go together: give one of them")
     for option, needs in GOES_WITH.items():
         if getattr(args, option) and not any(getattr(args, need) for need in needs):
-            needed = " or ".join("--" + need.replace("_", "-") for need in needs)
-            parser.error(f"--{option.replace('_', '-')} goes with {needed}")
+            needed = " or ".join(stage1.option_of(need) for need in needs)
+            parser.error(f"{stage1.option_of(option)} goes with {needed}")
     if args.images and args.csv == "-":
         parser.error("--csv needs a FILE with --images")
     return args

@@ -527,26 +527,30 @@ def resolve(args, defaults):
     cell = cell_name(defaults)
     if defaults.get("one_stage"):
         cell += " with --one-stage"
-    for key in sorted(OPTIONS):
+    for key in sorted(OPTIONS):             # so arrangement comes before what depends on it
         value = getattr(args, key, None)
         if value is None:
             continue
-        option = "--" + key.replace("_", "-")
+        option = option_of(key)
         if key not in defaults:
             raise ValueError(f"{option} has no meaning for {cell}")
         if getattr(args, "anchor", None) and key in OF_STAGE_1:
             raise ValueError(f"{option} has no meaning with --anchor, which brings an anchor "
                              "learnt already")
+        if key in ("tau", "test_position") and settings["arrangement"] != "adaptive":
+            raise ValueError(f"{option} has no meaning with --arrangement "
+                             f"{settings['arrangement']}, where no W is learnt")
         if key in ("descriptions", "anchor") and not os.path.isfile(value):
             raise FileNotFoundError(f"{option} {value} does not exist")
         if key in ("clip", "descriptions", "anchor"):
             value = clip_identity(value)                    # a name by content: files move
         settings[key] = value
-    for key in ("tau", "test_position"):
-        if getattr(args, key, None) and settings["arrangement"] != "adaptive":
-            raise ValueError(f"--{key.replace('_', '-')} has no meaning with --arrangement "
-                             f"{settings['arrangement']}, where no W is learnt")
     return settings
+
+
+def option_of(name):
+    """soft_tokens -> --soft-tokens."""
+    return "--" + name.replace("_", "-")
 
 
 def cell_name(settings):
@@ -827,7 +831,7 @@ def run_script(name, run, args):
         advice = "set --class-chunk 100"
         for option in ("batch_size", "test_batch"):
             if hasattr(args, option):
-                advice = f"lower --{option.replace('_', '-')}, {advice}"
+                advice = f"lower {option_of(option)}, {advice}"
         complain(name, f"out of memory ({reason}); {advice}")
     except BrokenPipeError as error:
         try:
