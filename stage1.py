@@ -835,7 +835,7 @@ def run_script(name, run, args):
         complain(name, f"out of memory ({reason}); {advice}")
     except BrokenPipeError as error:
         try:
-            sys.stdout.flush()
+            print(flush=True)                   # does anybody read the output?
             complain(name, f"{error}: a process that it works with has ended")
         except BrokenPipeError:                 # `| head` has seen enough: no more to be said
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
