@@ -1,5 +1,5 @@
 """Data: the field's fifteen datasets as they lie on everybody's disk, datasets of one's own,
-few-shot subsets, descriptions, images.
+few-shot subsets, descriptions, images; and what runs leave on the disk.
 
 Paper S2.1 (datasets) and S2.2.1 (descriptions). The folder layout, the split files and the
 few-shot picks are those of CoOp's data guide, so that `--root` points at what a lab already has;
@@ -16,6 +16,7 @@ it.
 import argparse
 import collections
 import contextlib
+import csv
 import difflib
 import functools
 import hashlib
@@ -27,25 +28,33 @@ import pathlib
 import random
 import re
 import sys
+import urllib.parse
 import uuid
 from typing import NamedTuple
 
+import filelock
 import numpy as np
 import PIL
 import torch
 import torchvision
-from PIL import Image
-from torchvision import transforms as T
+from PIL import Image, ImageOps
+from torchvision import transforms
 from tqdm import tqdm
+
+with contextlib.suppress(ImportError):          # iPhones' pictures, for who has it
+    import pillow_heif
+    pillow_heif.register_heif_opener()
 
 
 class Item(NamedTuple):
     source: str                    # path of an image file
     label: int
+    upright: bool = False          # one's own pictures are turned as their EXIF says; the field's
+                                   # datasets are read as the field reads them, without
 
 
 class Dataset(NamedTuple):
-    class_names: list              # index = label; as CLIP reads them, without underscores
+    class_names: list              # index = label; as CLIP reads them, see `read_name`
     train: list                    # of Item; train and val are empty for test-only sets
     val: list
     test: list
@@ -150,167 +159,159 @@ NAMES |= {squashed(row.folder): name for name, row in DATASETS.items()}
 NAMES |= {"describabletextures": "dtd", "flowers102": "oxford_flowers"}
 
 
-def load_dataset(name, root=None, seed=1):
+def load_dataset(name, root=None):
     """Read a dataset: one of DATASETS under `root`, or a folder of one's own.
 
-    name: a key of DATASETS in any spelling of NAMES; or an existing folder (`read_own`), which
+    name: a key of DATASETS in any spelling of NAMES; or an existing folder (see OWN_LAYOUT), which
     needs a path separator where a known dataset has the same name. root: the folder of the known
-    ones (default: the environment's DATA, else ./data). seed: only for a split made here
-    (`split_folders`). Returns a Dataset. Raises ValueError for an unknown name or a file with the
-    wrong content, and FileNotFoundError for what is missing; both say in one line what to do.
+    ones (default: the environment's DATA, else ./data). Returns a Dataset. Raises ValueError for an
+    unknown name or a file with the wrong content, and FileNotFoundError for what is missing; both
+    say in one line what is wrong, where, and where to get it.
     """
     name = os.fspath(name)
     known = NAMES.get(squashed(name))
-    is_path = os.sep in name or "/" in name
-    if is_path or (known is None and os.path.isdir(name)):
-        return load_own(name, seed)
-    if known is None:
-        raise ValueError(unknown_name(name, root))
-
-    row = DATASETS[known]
-    root = ASSETS if known == "toy" else data_root(root)
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"data root {root} is missing; "
-                                f"give --root or set DATA to the folder of {row.folder}/")
-    folder = os.path.join(root, row.folder)
-    with advised(f"images come from {row.source}, split files and layout from {GUIDE}"):
+    if os.sep in name or "/" in name or (known is None and os.path.isdir(name)):
+        folder = os.path.abspath(os.path.expanduser(name))
+        known, advice, read = own_name(folder), OWN_LAYOUT, read_own
+    elif known is None:
+        near = difflib.get_close_matches(name.lower(), DATASETS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(DATASETS)}"
+        raise ValueError(f"unknown dataset {name!r}, and no folder; {hint}")
+    else:
+        row = DATASETS[known]
+        folder = os.path.join(ASSETS if known == "toy" else data_root(root), row.folder)
+        advice = (f"give --root or set DATA to the folder of {row.folder}/; images come from "
+                  f"{row.source}, split files and layout from {GUIDE}")
+        read = functools.partial(READERS[row.kind], row)
+    try:
         if not os.path.isdir(folder):
-            raise missing_dataset(known, root, folder)
-        dataset = READERS[row.kind](row, folder, seed)
-        notes = list(dataset.notes)
-        if len(dataset.class_names) != row.classes:
-            notes.append(f"{len(dataset.class_names)} classes found, the full dataset has "
-                         f"{row.classes}: figures on it do not compare with published ones")
-        return completed(dataset, known, folder, notes, os.path.join(folder, row.split))
+            raise FileNotFoundError(f"{folder} is missing")
+        return completed(read(folder), known, folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{error}; {advice}") from None
 
 
-def load_own(path, seed):
-    """A dataset of one's own, from its folder: see `load_dataset` and `read_own`."""
-    folder = os.path.abspath(os.path.expanduser(path))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"the dataset's folder {path} does not exist")
-    with advised(OWN_LAYOUT):
-        dataset = read_own(folder, seed)
-        notes = ["a dataset of one's own: its figures compare with nobody's", *dataset.notes]
-        return completed(dataset, own_name(folder), folder, notes, folder)
+def completed(dataset, name, folder):
+    """What a reader has returned, with the dataset's name, its classes' as CLIP reads them, notes.
+
+    Raises ValueError where a class has no image to learn or test on, or there is one class alone.
+    """
+    own = name not in DATASETS
+    class_names = [read_name(each, own) for each in dataset.class_names]
+    parts = [[item._replace(upright=own) for item in items]
+             for items in (dataset.train, dataset.val, dataset.test)]
+    for items in (parts[0], parts[2]):
+        absent = set(range(len(class_names))) - {item.label for item in items}
+        if len(class_names) < 2 or (items and absent):
+            raise ValueError(f"{folder} needs two classes, with an image to learn on and one to "
+                             f"test on each, and has none of "
+                             f"{', '.join(class_names[label] for label in sorted(absent)) or 2}")
+
+    notes = list(dataset.notes)
+    if own:
+        notes += ["a dataset of one's own: its figures compare with nobody's", *left_out(dataset)]
+    elif len(class_names) != DATASETS[name].classes:
+        notes.append(f"{len(class_names)} classes found, the full dataset has "
+                     f"{DATASETS[name].classes}: figures on it do not compare with published ones")
+    nameless = [each for each in class_names if re.fullmatch(r"n?[\d\W_]+", each)]
+    if own and nameless:
+        notes.append(f"{len(nameless)} class names, such as {nameless[0]!r}, are numbers, which "
+                     "tell CLIP nothing: name the folders by what they show")
+    for same in group_by(words, class_names).values():
+        if len(same) > 1 and not name.startswith("imagenet"):       # ImageNet's pairs are known
+            notes.append(f"{len(same)} classes have one name for CLIP, {same[0]!r}: only the first "
+                         "of them can be right")
+    return Dataset(class_names, *parts, [f"{name}: {note}" for note in notes], name, folder)
+
+
+def read_name(name, own=True):
+    """A class name as CLIP reads it: "001.Black_footed_Albatross" is "Black footed Albatross".
+
+    Underscores are spaces. own: a number or a wnid in front, which fixes its place, is no name. The
+    names of the field's datasets keep theirs ("2012 Acura RL Sedan").
+    """
+    if own:
+        # "1 001.Black_footed_Albatross" (CUB's list), "n01440764 tench" (ImageNet's), "01_TUMOR"
+        name = re.sub(r"^(\d+\s+(?=\d+[._]))?(n\d{8}[\s._-]+|\d+[._]+\s*)(?=\d*[^\W\d_])", "", name)
+    return " ".join(name.replace("_", " ").split()) if own else name.replace("_", " ")
+
+
+def left_out(dataset):
+    """A note on files beside the images that are not read as such, by ending; or none: a list."""
+    endings = collections.Counter()
+    for folder in {os.path.dirname(item.source) for item in dataset.train + dataset.test}:
+        files = [file for file in pathlib.Path(folder).glob("[!.]*") if file.is_file()]
+        endings.update(file.suffix.lower() or "without ending" for file in files)
+    left = [f"{n} {ending}" for ending, n in endings.items() if ending not in EXTENSIONS]
+    return [f"files that are no pictures to it were left out: {', '.join(left)}"] if left else []
 
 
 def own_name(folder):
-    """The folder's own name, safe as a folder's name, and never a known dataset's."""
-    name = re.sub(r"[^\w.-]+", "-", os.path.basename(folder)).strip(".-")[:100]
-    if not name:
-        return "own"
-    if squashed(name) in NAMES:
-        return f"own-{name}"
-    return name
+    """The folder's own name, safe as a folder's name, and never a known dataset's.
 
-
-def completed(dataset, name, folder, notes, split):
-    """What a reader has returned, with names: the dataset's, and the classes' as CLIP reads them.
-
-    ValueError, naming the file or folder `split`, where a class has no image to learn or test on,
-    or there is one class alone.
+    images, train and the like are named with the folder that they are in.
     """
-    class_names = [class_name.replace("_", " ") for class_name in dataset.class_names]
-    if len(class_names) < 2:
-        raise ValueError(f"{split} has one class alone, {class_names[0]!r}")
-    for part, items in (("train", dataset.train), ("test", dataset.test)):
-        present = {item.label for item in items}
-        absent = [name for label, name in enumerate(class_names) if label not in present]
-        if items and absent:
-            raise ValueError(f"{split} has no {part} image of {', '.join(absent)}")
-    return dataset._replace(class_names=class_names, name=name, folder=folder,
-                            notes=[f"{name}: {note}" for note in notes])
-
-
-def unknown_name(name, root):
-    inside = os.path.join(data_root(root), name)
-    if os.path.isdir(inside):
-        return (f"unknown dataset {name!r}; for a dataset of your own give its folder: "
-                f"--dataset {inside}")
-    near = difflib.get_close_matches(name.lower(), DATASETS, n=3, cutoff=0.4)
-    if near:
-        return f"unknown dataset {name!r}; did you mean {' or '.join(near)}?"
-    return f"unknown dataset {name!r}, and no folder; known: {', '.join(DATASETS)}"
-
-
-def missing_dataset(name, root, folder):
-    """The error for a dataset's folder that is not there, or has another of its names."""
-    for other in subfolders(root):
-        if NAMES.get(squashed(other)) == name:
-            found = os.path.join(root, other)
-            return Misplaced(f"{folder} is missing, but {found} is there: rename it to "
-                             f"{os.path.basename(folder)}")
-    return FileNotFoundError(f"{folder} is missing")
+    path = pathlib.Path(folder)
+    name = path.name
+    if re.fullmatch("images?|imgs|pictures|photos|train(ing)?|data(set)?", name.lower()):
+        name = f"{path.parent.name}-{name}"
+    name = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:100] or "own"
+    return f"own-{name}" if squashed(name) in NAMES else name
 
 
 def data_root(root=None):
     return os.path.expanduser(root or os.environ.get("DATA") or "data")
 
 
-class Misplaced(FileNotFoundError):
-    """A file that is not where it belongs. The message says what to move: nothing is to be got."""
-
-
-@contextlib.contextmanager
-def advised(advice):
-    """Adds to what a reader raises, the fact alone, what to do about it."""
-    try:
-        yield
-    except Misplaced:
-        raise
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; {advice}") from None
-    except ValueError as error:
-        raise ValueError(f"{error}; {advice}") from None
+def missing(fact, path, folder):
+    """The error for a missing `path`: the fact, and where in `folder` a file of that name lies."""
+    name = os.path.basename(path)
+    for place, folders, files in os.walk(folder):
+        if name in files or name in folders:
+            found = os.path.join(place, name)
+            return FileNotFoundError(f"{fact}; one of that name lies at {found}")
+    return FileNotFoundError(fact)
 
 
 # -------------------------------------------------------------------------- readers: one per layout
 
 # Each returns a Dataset that has no name yet.
 
-def read_json_split(row, folder, seed):
+def read_json_split(row, folder):
     """A `split_zhou_*.json`; where it is missing and the field's recipe will do, an own split."""
     images = images_folder(row, folder)
     file = os.path.join(folder, row.split)
     if os.path.isfile(file):
-        return read_split_file(file, [images], os.path.dirname(folder))
-    error = not_there(f"{file} is missing", file, os.path.dirname(folder))
-    if isinstance(error, Misplaced) or not row.own_split:
+        return read_split_file(file, [images], folder)
+    error = missing(f"{file} is missing", file, folder)
+    if not row.own_split or "lies at" in str(error):
         raise error
-    if not os.path.isdir(images):
-        raise missing_images(images)
-    class_folders, parts = split_folders(images, row.leave_out, seed)
-    note = (f"{row.split} is missing, so an OWN SPLIT was made (seed {seed}): figures on it do not "
-            f"compare with published ones; the field's split file: {GUIDE}")
+    class_folders, parts = split_folders(images, row.leave_out)
+    note = (f"{row.split} is missing, so an OWN SPLIT was made: figures on it do not compare with "
+            f"published ones; the field's split file: {GUIDE}")
     class_names = [row.rename.get(name, name) for name in class_folders]
     return parts._replace(class_names=class_names, notes=[note])
 
 
-def read_split_file(file, folders, top):
+def read_split_file(file, places, folder):
     """`{"train": [[path, label, class name], ...], "val": [...], "test": [...]}`.
 
-    Paths are relative to the first of `folders` that has some of them. top: where to look for
-    images that are not there.
+    Paths are relative to the first of `places` that has some of them. folder: the dataset's.
     """
     split = read_json_object(file)
     names = names_of_split(split, file)
 
     # Some were written on Windows.
     paths = {part: [row[0].replace("\\", "/") for row in split[part]] for part in SPLIT}
-    images = folders[-1]
-    for folder in reversed(folders):
-        if any(os.path.exists(os.path.join(folder, path)) for path in paths["train"][:20]):
-            images = folder
-    prefix, first = "", paths["train"][0]
-    if not os.path.exists(os.path.join(images, first)):
-        prefix = needless_prefix(first, images)
+    images = places[-1]
+    for place in reversed(places):
+        if any(os.path.exists(os.path.join(place, path)) for path in paths["train"][:20]):
+            images = place
     parts = {part: [] for part in SPLIT}
     for part in SPLIT:
         for path, (_, label, _) in zip(paths[part], split[part]):
-            source = os.path.join(images, path.removeprefix(prefix))
-            parts[part].append(Item(source, label))
-    check_images([item.source for part in SPLIT for item in parts[part]], file, top)
+            parts[part].append(Item(os.path.join(images, path), label))
+    check_images([item.source for part in SPLIT for item in parts[part]], file, folder)
     return Dataset([names[label] for label in range(len(names))], **parts)
 
 
@@ -320,43 +321,27 @@ SPLIT = ("train", "val", "test")
 def names_of_split(split, file):
     """dict label -> class name. ValueError where `split` has not the form of `read_split_file`."""
     names = {}
-    for part in SPLIT:
-        if not isinstance(split.get(part), list):
-            raise ValueError(f"{file} must have three lists: train, val and test")
-        for i, row in enumerate(split[part]):
-            if not isinstance(row, list) or [type(value) for value in row] != [str, int, str]:
-                raise ValueError(f"{file}: row {i} of {part} is {str(row)[:80]}, "
-                                 "expected [path, label, class name]")
-            _, label, class_name = row
-            known = names.setdefault(label, class_name)
-            if known != class_name:
-                raise ValueError(f"{file}: label {label} is called both {known!r} and "
-                                 f"{class_name!r}")
-    if not split["train"] or not split["test"]:
-        raise ValueError(f"{file}: train or test is empty")
-    for label in range(len(names)):
-        if label not in names:
-            raise ValueError(f"{file}: labels must run from 0 to {len(names) - 1} without a gap, "
-                             f"label {label} is not there")
+    try:
+        for part in SPLIT:
+            for path, label, class_name in split[part]:
+                if names.setdefault(label, class_name) != class_name or not path + class_name:
+                    raise ValueError(f"label {label} is called both {names[label]!r} and "
+                                     f"{class_name!r}")
+        if sorted(names) != list(range(len(names))) or not split["train"] or not split["test"]:
+            raise ValueError("train or test is empty, or labels do not run from 0 without a gap")
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} must have three lists, train, val and test, of [path, label, "
+                         f"class name] ({error})") from None
     return names
 
 
-def needless_prefix(path, images):
-    """What stands before the paths of a split that name the images folder themselves, else "".
-
-    "data/eurosat/2750/River/River_7.jpg", for images in .../2750, gives "data/eurosat/2750/".
-    """
-    before, folder, _ = path.rpartition(f"{os.path.basename(images)}/")
-    return before + folder
-
-
-def split_folders(images, leave_out, seed):
+def split_folders(images, leave_out=()):
     """The field's recipe for folder-per-class sets: 50 % train, 20 % val, the rest test.
 
-    Classes are sorted by folder, their sorted images shuffled with `random.Random(seed)`. Returns
-    the class folders' names and a Dataset.
+    Classes are sorted by folder, their sorted images shuffled with `random.Random(1)`: one split
+    for all seeds, as a split file is one. Returns the class folders' names and a Dataset.
     """
-    rng = random.Random(seed)
+    rng = random.Random(1)
     class_folders = [name for name in subfolders(images) if name not in leave_out]
     if not class_folders:
         raise FileNotFoundError(f"{images} has no class folders")
@@ -376,38 +361,37 @@ def split_folders(images, leave_out, seed):
     return class_folders, Dataset(class_folders, train, val, test)
 
 
-def read_aircraft(row, folder, seed):
+def read_aircraft(row, folder):
     """variants.txt: class names, line order = label; images_variant_<part>.txt: `id variant`."""
-    images, top = images_folder(row, folder), os.path.dirname(folder)
-    class_names = read_lines(os.path.join(folder, row.split), top)
+    images = images_folder(row, folder)
+    class_names = read_lines(os.path.join(folder, row.split), folder)
     labels = {class_name: label for label, class_name in enumerate(class_names)}
     parts = []
-    for part in ("train", "val", "test"):
+    for part in SPLIT:
         file = os.path.join(folder, f"images_variant_{part}.txt")
         items = []
-        for line in read_lines(file, top):
+        for line in read_lines(file, folder):
             image_id, _, variant = line.partition(" ")
             if variant not in labels:
                 raise ValueError(f"{file}: variant {variant!r} of image {image_id} is not in "
                                  f"{row.split}")
             items.append(Item(os.path.join(images, image_id + ".jpg"), labels[variant]))
-        check_images([item.source for item in items], file, top)
+        check_images([item.source for item in items], file, folder)
         parts.append(items)
     return Dataset(class_names, *parts)
 
 
-def read_imagenet(row, folder, seed):
+def read_imagenet(row, folder):
     """images/{train,val}/<wnid>/; label = place among classnames.txt's sorted wnids; test = val."""
     images = images_folder(row, folder)
     names, notes = read_classnames(row, folder)
     wnids = sorted(names)
-    top = os.path.dirname(folder)
-    train = read_class_folders(os.path.join(images, "train"), wnids, names, row.split, top)
-    test = read_class_folders(os.path.join(images, "val"), wnids, names, row.split, top)
+    train = read_class_folders(os.path.join(images, "train"), wnids, names, folder)
+    test = read_class_folders(os.path.join(images, "val"), wnids, names, folder)
     return Dataset([names[wnid] for wnid in wnids], train, [], test, notes)
 
 
-def read_variant(row, folder, seed):
+def read_variant(row, folder):
     """The test-only ImageNet variants: a folder per wnid (all, or 200) or number (ImageNetV2)."""
     images = images_folder(row, folder)
     names, notes = read_classnames(row, folder)
@@ -416,13 +400,11 @@ def read_variant(row, folder, seed):
     elif row.kind == "numbered":                            # label = line of classnames.txt
         names = {str(label): class_name for label, class_name in enumerate(names.values())}
         class_folders = list(names)
-    else:  # labels 0..199 among the wnids that are there
-        if not os.path.isdir(images):
-            raise missing_images(images)
+    else:                               # labels 0..199 among the wnids that are there
         class_folders = [wnid for wnid in subfolders(images) if wnid in names]
         if not class_folders:
             raise FileNotFoundError(f"{images} has no class folders")
-    test = read_class_folders(images, class_folders, names, row.split, os.path.dirname(folder))
+    test = read_class_folders(images, class_folders, names, folder)
     return Dataset([names[name] for name in class_folders], [], [], test, notes)
 
 
@@ -445,7 +427,7 @@ def read_classnames(row, folder):
         if os.path.isfile(shared):                          # the guide copies it from there
             file = shared
     names, notes = {}, []
-    for line in read_lines(file, os.path.dirname(folder)):
+    for line in read_lines(file, folder):
         wnid, _, class_name = line.partition(" ")
         if not class_name.strip() or wnid in names:
             raise ValueError(f"{file}: line {line!r} has no class name or repeats a wnid")
@@ -458,85 +440,59 @@ def read_classnames(row, folder):
     return names, notes
 
 
-VALPREP = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
-
-
-def read_class_folders(images, class_folders, names, listed_in, top, named=()):
+def read_class_folders(images, class_folders, names, folder):
     """Items of one part, label = index in class_folders.
 
-    No class may be missing, nor a wnid or number unknown: labels would shift. names: class folder
-    -> class name, of all that `listed_in` has. top, named: as in `not_there`.
+    No class may be missing, nor a folder unknown: labels would shift. names: class folder -> class
+    name, of all that there are. folder: the dataset's.
     """
-    present = []
-    if os.path.isdir(images):
-        present = subfolders(images)
-        if not present and list_images(images):
-            raise Misplaced(f"{images} is flat: its images lie there without class folders; sort "
-                            "them into one folder per class (for ImageNet's val run there: "
-                            f"{VALPREP})")
-    missing = [name for name in class_folders if name not in present]
-    if missing:
-        fact = (f"{images}: {len(missing)} of {len(class_folders)} class folders are missing, the "
-                f"first: {missing[0]} ({names[missing[0]]})")
-        raise not_there(fact, os.path.join(images, missing[0]), top, named)
-    unknown = [name for name in present if name not in names and re.fullmatch(r"n?\d+", name)]
+    present = subfolders(images)
+    absent = [name for name in class_folders if name not in present]
+    if absent:
+        fact = (f"{images}: {len(absent)} of {len(class_folders)} class folders are missing, the "
+                f"first: {absent[0]} ({names[absent[0]]})")
+        raise missing(fact, absent[0], images)
+    unknown = [name for name in present if name not in names]
     if unknown:
-        raise ValueError(f"{images}: class folder {unknown[0]} is not in {listed_in}")
-    items = []
-    for label, name in enumerate(class_folders):
-        items += [Item(path, label) for path in image_files(os.path.join(images, name))]
-    return items
+        raise ValueError(f"{images}: {unknown[0]} is the folder of no known class")
+    return [Item(path, label) for label, name in enumerate(class_folders)
+            for path in image_files(os.path.join(images, name))]
 
-
-# --------------------------------------------------------------------------- a dataset of one's own
 
 OWN_LAYOUT = ("a dataset of your own is a folder per class; or train/ and test/ (and val/) with a "
-              "folder per class each; or images and a split.json in the field's format")
-OWN_PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+              "folder per class each; or images and one *split*.json in the field's format")
+PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
+         "valid": "val", "validation": "val"}
 
 
-def read_own(folder, seed):
-    """Any of the layouts of OWN_LAYOUT."""
-    split = os.path.join(folder, "split.json")
-    if os.path.isfile(split):
-        folders = [os.path.join(folder, "images"), folder]
-        return read_split_file(split, folders, os.path.dirname(folder))
+def read_own(folder):
+    """A dataset of one's own, in any of the layouts of OWN_LAYOUT."""
+    # The field's: a split file, and images in one of three places.
+    splits = sorted(str(file) for file in pathlib.Path(folder).glob("*split*.json"))
+    if len(splits) > 1:
+        raise ValueError(f"{folder} has {len(splits)} split files: leave one of "
+                         f"{', '.join(map(os.path.basename, splits))}")
+    if splits:
+        own = os.path.join(folder, os.path.basename(folder))
+        return read_split_file(splits[0], [os.path.join(folder, "images"), own, folder], folder)
+
+    # train/ and test/, by any of their names.
     inside = subfolders(folder)
-    parts = own_parts(folder, inside)
-    if parts:
+    parts = {PARTS[name.lower()]: os.path.join(folder, name) for name in inside
+             if name.lower() in PARTS}
+    if "train" in parts and subfolders(parts["train"]):
         return read_own_parts(parts, folder)
-    if not inside and list_images(folder):
-        raise ValueError(f"{folder} has images without class folders")
-    if inside and set(inside) <= set(itertools.chain(*OWN_PARTS.values())):
-        raise ValueError(f"{folder} has {' and '.join(inside)}, but no class folders in train/")
+
+    # A folder per class.
+    if not inside or all(name.lower() in PARTS for name in inside):
+        raise FileNotFoundError(f"{folder} has no class folders"
+                                f"{' in train/' if parts else ''}")
     if len(inside) == 1:
-        only = os.path.join(folder, inside[0])
-        if subfolders(only):
-            raise Misplaced(f"{folder} has one folder alone, {inside[0]}: if the classes lie in "
-                            f"it, give --dataset {only}")
-        raise ValueError(f"{folder} has one class folder alone, {inside[0]}: two are the least")
-    class_folders, parts = split_folders(folder, (), seed)
-    note = (f"an own split was made (seed {seed}): half of each class's images train, 20 % val, "
-            "the rest test")
-    class_names = [own_class_name(name) for name in class_folders]
-    return parts._replace(class_names=class_names, notes=[note])
-
-
-def own_class_name(folder):
-    """A class folder's name without the number that fixes its place: 001.Black_footed_Albatross."""
-    return re.sub(r"^(\d{3,}\.|\d+\.(?=\D))\s*(?=.)", "", folder)
-
-
-def own_parts(folder, inside):
-    """dict "train", "val", "test" -> folder, where a train/ has class folders; else {}."""
-    parts = {}
-    for part, names in OWN_PARTS.items():
-        for name in names:
-            if name in inside:
-                parts.setdefault(part, os.path.join(folder, name))
-    if "train" not in parts or not subfolders(parts["train"]):
-        return {}
-    return parts
+        raise ValueError(f"{folder} has one folder alone, {inside[0]}: if the classes lie in it, "
+                         f"give --dataset {os.path.join(folder, inside[0])}")
+    _, dataset = split_folders(folder)
+    note = "an own split was made: half of each class's images train, 20 % val, the rest test"
+    return dataset._replace(notes=[note])
 
 
 def read_own_parts(parts, folder):
@@ -545,23 +501,19 @@ def read_own_parts(parts, folder):
     if "test" not in parts:
         if "val" not in parts:
             raise FileNotFoundError(f"{folder} has train/, but no test/")
-        parts = {"train": parts["train"], "test": parts["val"]}
+        parts["test"] = parts.pop("val")
         notes.append("it has no test/, so it is tested on its validation images")
     class_folders = subfolders(parts["train"])
-    names = {name: own_class_name(name) for name in class_folders}
-    items = {"val": []}
-    for part, images in parts.items():
-        unknown = sorted(set(subfolders(images)) - set(names))
-        if unknown:
-            raise ValueError(f"{images}: class folder {unknown[0]} is not in {parts['train']}")
-        items[part] = read_class_folders(images, class_folders, names, "train/",
-                                         os.path.dirname(folder), parts.values())
-    return Dataset(list(names.values()), items["train"], items["val"], items["test"], notes)
+    names = dict(zip(class_folders, class_folders))
+    items = {part: read_class_folders(images, class_folders, names, folder)
+             for part, images in parts.items()}
+    return Dataset(class_folders, items["train"], items.get("val", []), items["test"], notes)
 
 
 # ---------------------------------------------------------------------------- files and folders
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm",
+              ".pgm", ".gif", ".avif", ".jp2", ".heic", ".heif")
 
 
 def images_folder(row, folder):
@@ -576,79 +528,57 @@ def images_folder(row, folder):
     return candidates[0]
 
 
-def missing_images(images):
-    """The error for a missing images folder, where no file says what should lie in it."""
-    folder = os.path.dirname(images)
-    others = subfolders(folder)
-    if len(others) != 1:
-        return FileNotFoundError(f"{images} is missing")
-    other = os.path.join(folder, others[0])
-    return Misplaced(f"{images} is missing, but {other} is there: if it holds the images, "
-                     f"rename it to {os.path.basename(images)}")
-
-
 def subfolders(folder):
-    """Sorted names of the folders in `folder`, without hidden ones (.git, __MACOSX)."""
+    """Sorted names of the folders in `folder`, without hidden ones (.git, __MACOSX).
+
+    FileNotFoundError where there is no such folder.
+    """
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder} is missing")
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries
                       if not entry.name.startswith((".", "__")) and entry.is_dir())
 
 
-def list_images(folder):
-    """Sorted names of the images in a folder, without hidden ones (._x.jpg)."""
-    return sorted(name for name in os.listdir(folder)
-                  if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+def image_files(folder, deep=False):
+    """Sorted paths of the images in a folder, without hidden ones (._x.jpg).
 
-
-def image_files(folder):
-    """Sorted paths of the images in a folder. FileNotFoundError where there are none."""
-    names = list_images(folder)
-    if not names:
-        raise FileNotFoundError(f"folder {folder} holds no images")
-    return [os.path.join(folder, name) for name in names]
-
-
-def pictures_in(path):
-    """The image files that a path names, sorted: itself, or those in a folder.
-
-    FileNotFoundError for none.
+    deep: those in its subfolders as well. FileNotFoundError where there are none.
     """
-    if os.path.isdir(path):
-        return image_files(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} does not exist")
-    return [path]
+    found = sorted(path for path in pathlib.Path(folder).glob("**/*" if deep else "*")
+                   if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+    if not found:
+        raise FileNotFoundError(f"folder {folder} holds no images")
+    return [str(path) for path in found]
 
 
-def check_images(paths, file, top):
+def check_images(paths, file, folder):
     """FileNotFoundError unless all `paths`, named by the split file `file`, are there.
 
-    One listing a folder: asking for each file is slow over a network. top: where to look for them
-    instead.
+    One listing a folder: asking for each file is slow over a network. folder: the dataset's.
     """
-    listings, missing = {}, []
+    listings, absent = {}, []
     for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listings[folder]:
-            missing.append(path)
-    if missing:
-        fact = (f"{file} names {len(paths)} images, {len(missing)} of them missing, the first: "
-                f"{missing[0]}")
-        raise not_there(fact, missing[0], top, set(listings))
+        place, name = os.path.split(path)
+        if place not in listings:
+            listings[place] = set(os.listdir(place)) if os.path.isdir(place) else set()
+        if name not in listings[place]:
+            absent.append(path)
+    if absent:
+        fact = (f"{file} names {len(paths)} images, {len(absent)} are missing, the first: "
+                f"{absent[0]}")
+        raise missing(fact, absent[0], folder)
 
 
-def read_lines(file, top):
-    """The lines of a text file, without blank ones. top: where to look if it is not there."""
+def read_lines(file, folder):
+    """The lines of a text file, without blank ones. folder: the dataset's."""
     if not os.path.isfile(file):
-        raise not_there(f"{file} is missing", file, top)
+        raise missing(f"{file} is missing", file, folder)
     try:
-        with open(file, encoding="utf-8-sig") as f:
-            lines = [line.strip() for line in f if line.strip()]
+        text = pathlib.Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        reason = f"{error.reason} at byte {error.start}"
-        raise ValueError(f"{file} is not UTF-8 text ({reason})") from None
+        raise ValueError(f"{file} is not UTF-8 text ({error.reason})") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{file} is empty")
     return lines
@@ -664,92 +594,6 @@ def read_json_object(file):
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds a {type(value).__name__}, not a JSON object")
     return value
-
-
-# What is missing is often there, one folder off: Kaggle's Stanford Cars has cars_train/cars_train/,
-# some have EuroSAT_RGB/ for 2750/, or .JPG for .jpg. Then nothing is to be unpacked again.
-
-LOOSE = 2       # parts of a path, the dataset's folder and the images', that may have any name
-
-
-def not_there(fact, path, top, named=()):
-    """The error for a missing `path`: Misplaced where it is near, else FileNotFoundError.
-
-    Looks in the folder `top` and below. named: folders that belong where they are, so that none
-    is taken for the missing one under another name.
-    """
-    try:
-        parts = pathlib.Path(path).relative_to(top).parts
-    except ValueError:                                      # not below top
-        parts = ()
-    if ".." in parts:                                       # out of it again
-        parts = ()
-    for i, part in enumerate(parts):
-        here = os.path.join(top, *parts[:i])
-        if not os.path.isdir(here):
-            break
-        loose = i < LOOSE < len(parts) and not has_named(here, part, named)
-        move = near(here, part, parts[i + 1:], loose)
-        if move:
-            return Misplaced(f"{fact}; {move}")
-    return FileNotFoundError(fact)
-
-
-def has_named(here, part, named):
-    """Does `here` have one of the `named` folders, beside the one that is called `part`?"""
-    for folder in named:
-        if not str(folder).startswith(os.path.join(here, "")):
-            continue
-        child = pathlib.Path(folder).relative_to(here).parts[0]
-        if child != part and os.path.isdir(os.path.join(here, child)):
-            return True
-    return False
-
-
-def near(here, part, rest, loose):
-    """How here/part/rest could come to be there, where `part` alone is amiss; None for not at all.
-
-    rest: the parts behind it, () where `part` is the file's own name. loose: any other name will
-    do. A class's folder must only differ in case and the like: its neighbour has files of the same
-    names.
-    """
-    wanted = os.path.join(here, part)
-    folders = [name for name in subfolders(here) if name != part]
-    alike = [name for name in sorted(os.listdir(here))
-             if name != part and same_but_case(name, part, rest)]
-    if loose and rest:
-        alike += folders
-    for other in alike:                         # Images/ for images/, x.JPG for x.jpg
-        found = os.path.join(here, other)
-        if os.path.exists(os.path.join(found, *rest)):
-            return rename(found, wanted, rest)
-    for other in folders:                       # cars_train/cars_train/
-        found = os.path.join(here, other)
-        if os.path.exists(os.path.join(found, part, *rest)):
-            return f"it is one folder deeper: move what is in {found} up into {here}"
-    if loose and rest and os.path.exists(os.path.join(here, *rest)):
-        found = os.path.join(here, rest[0])
-        return f"it is one folder higher: move {found}, and what belongs beside it, into {wanted}"
-    return None
-
-
-def same_but_case(name, other, rest):
-    """Do two names differ in case, `-`, `_`, spaces alone; or two images' in the extension too?"""
-    if squashed(name) == squashed(other):
-        return True
-    stem, extension = os.path.splitext(name)
-    other_stem, other_extension = os.path.splitext(other)
-    both_images = extension.lower() in EXTENSIONS and other_extension.lower() in EXTENSIONS
-    return not rest and both_images and squashed(stem) == squashed(other_stem)
-
-
-def rename(found, wanted, rest):
-    if os.path.isdir(wanted):
-        return f"it is in {found}: move what is in there into {wanted}"
-    name = os.path.basename(wanted)
-    if rest or not name.lower().endswith(EXTENSIONS):
-        return f"{found} is there: rename it to {name}"
-    return f"{found} is there: rename it to {name}, and the others like it"
 
 
 # ------------------------------------------------------------------------- few-shot, base and novel
@@ -782,7 +626,7 @@ def split_base_novel(class_names):
 def take(items, labels):
     """The items that have one of `labels`, relabelled from 0 in the order of `labels`."""
     new = {label: i for i, label in enumerate(labels)}
-    return [Item(item.source, new[item.label]) for item in items if item.label in new]
+    return [item._replace(label=new[item.label]) for item in items if item.label in new]
 
 
 class Task(NamedTuple):
@@ -845,142 +689,6 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------- descriptions
-
-SHIPPED = os.path.join(ASSETS, "descriptions")
-
-
-def default_descriptions(name):
-    """Path of the description file that comes with the project; FileNotFoundError for none."""
-    path = os.path.join(SHIPPED, f"{name}.json")
-    if not os.path.isfile(path):
-        dataset = name if name in DATASETS else "PATH"
-        raise FileNotFoundError(
-            f"no descriptions come with {name}: make some with `python data.py describe --dataset "
-            f"{dataset} --model M`, and give the file with --descriptions FILE (JSON, class -> "
-            "sentences); --template plain and atprompt need none")
-    return path
-
-
-def load_descriptions(path, class_names, max_descriptions=10, aliases=None, notes=None,
-                      write_aliases=True):
-    """Sentences that answer "What does a {Class} look like?", from JSON: class name -> sentences.
-
-    A class's key is the one that `match_keys` finds. The first `max_descriptions` sentences in
-    file order are taken, fewer where a class has fewer; those without a letter or digit do not
-    count. Keys of no class are ignored. aliases: class -> key of the file, for names that do not
-    match; a dict, or the path of such a JSON file. notes: a list that gets what a user should
-    know; None where nobody wants it. write_aliases: whether an aliases file to fill is written
-    for what does not match, see `aliases_to_fill`. Returns a list (C) of lists of str. Raises
-    ValueError naming the file and the class.
-    """
-    if max_descriptions < 1:
-        raise ValueError(f"--max-descriptions must be at least 1, not {max_descriptions}")
-    with advised("expected class name -> list of sentences"):
-        found = read_json_object(path)
-    given = {} if aliases is None else read_aliases(aliases)
-    chosen, by_words = match_keys(class_names, found, given, path)
-    missing = [name for name in dict.fromkeys(class_names) if name not in chosen]
-    if missing:
-        raise unmatched(path, missing, class_names, given, found, write_aliases)
-
-    sentences, skipped = {}, 0
-    for key in dict.fromkeys(chosen.values()):
-        sentences[key], without_words = sentences_of(found[key], key, path)
-        skipped += without_words
-    if notes is not None and skipped:
-        notes.append(f"{path}: {skipped} sentences without a letter or digit were skipped")
-    if notes is not None and by_words:
-        notes.append(f"{path}: {by_words} of {len(class_names)} class names were matched by their "
-                     "words, in another order or with other signs between them")
-    return [sentences[chosen[name]][:max_descriptions] for name in class_names]
-
-
-def unmatched(path, missing, class_names, given, keys, write_aliases):
-    """The error for classes without a key: the first ten, how many more, and what to do."""
-    listed = []
-    for name in missing[:10]:
-        near = closest(name, keys)
-        listed.append(f"{name} (closest: {', '.join(near)})" if near else name)
-    if len(missing) > 10:
-        listed.append(f"and {len(missing) - 10} more")
-    todo = None
-    if write_aliases:
-        todo = aliases_to_fill(path, missing, given, keys)
-    if todo is None:
-        todo = "add them, or give --aliases FILE with {class: key of the description file}"
-    return ValueError(f"{path}: no description of {len(missing)} of {len(class_names)} classes: "
-                      f"{'; '.join(listed)}; {todo}")
-
-
-def sentences_of(value, key, path):
-    """The sentences of a class, in one line each; and how many were left out as none at all."""
-    if not isinstance(value, list) or not all(isinstance(sentence, str) for sentence in value):
-        raise ValueError(f"{path}: {key!r} must have a list of sentences, not "
-                         f"{json.dumps(value)[:60]}")
-    kept = [" ".join(sentence.split()) for sentence in value if any(map(str.isalnum, sentence))]
-    if not kept:
-        raise ValueError(f"{path}: the list of {key!r} is empty; write a sentence that answers "
-                         f"\"What does a {key} look like?\"")
-    return kept, len(value) - len(kept)
-
-
-def plain(name):
-    """A name as it is compared: in lower case, with `_`, `-` and spaces alike."""
-    return re.sub(r"[\s_-]+", " ", str(name)).strip().lower()
-
-
-@functools.lru_cache(maxsize=10_000)            # all names are compared with all keys
-def words(text):
-    """Its words and numbers in lower case, sorted: "apse (indoor)" has those of "indoor apse"."""
-    return tuple(sorted(re.findall(r"[^\W_]+", text.lower())))
-
-
-def joined_words(text):
-    """The same, with what signs part as one word: "Ram C/V" and "Ram CV" have the same."""
-    return words(re.sub(r"[^\w\s-]", "", text))
-
-
-def match_keys(class_names, found, aliases, path):
-    """Which key of a description file is whose: dict class name -> key, of the names that match.
-
-    A key is a class's if the class's alias names it; else if it is the same as `plain` sees it;
-    else if it alone has the same words, and no other class has. Two classes of one name
-    (ImageNet's missiles) share a key. Returns the dict, and how many names matched by their
-    words.
-    """
-    keys = {}
-    for key in found:
-        keys.setdefault(plain(key), key)
-    chosen = {}
-    for name in dict.fromkeys(class_names):
-        alias = aliases.get(plain(name))
-        if alias is not None and plain(alias) not in keys:
-            raise ValueError(f"{path} has no key {alias!r}, which the aliases give for {name!r}")
-        key = keys.get(plain(name if alias is None else alias))
-        if key is not None:
-            chosen[name] = key
-    by_name = len(chosen)
-    if by_name < len(set(class_names)):
-        for form in (words, joined_words):
-            chosen |= match_form(form, class_names, keys, chosen)
-    return chosen, len(chosen) - by_name
-
-
-def match_form(form, class_names, keys, chosen):
-    """dict name -> key, for names without one whose `form` one free key has, and no other name."""
-    taken = set(chosen.values())
-    keys_of = group_by(form, keys.values())
-    names_of = group_by(form, {plain(name): name for name in class_names}.values())
-    matched = {}
-    for name in class_names:
-        own = keys_of.get(form(name), [])
-        alone = form(name) and len(own) == 1 and len(names_of[form(name)]) == 1
-        if name not in chosen and alone and own[0] not in taken:
-            matched[name] = own[0]
-    return matched
-
-
 def group_by(function, values):
     """dict function(value) -> list of those values."""
     groups = {}
@@ -989,93 +697,109 @@ def group_by(function, values):
     return groups
 
 
-def read_aliases(aliases):
-    """dict plain class name -> key, without those still empty. aliases: see `load_descriptions`."""
-    if not isinstance(aliases, dict):
-        path = aliases
-        with advised("expected class name -> key of the description file"):
-            aliases = read_json_object(path)
-            for class_name, key in aliases.items():
-                if not isinstance(key, str):
-                    raise ValueError(f"{path}: {class_name!r} has {json.dumps(key)[:60]}, "
-                                     "not a key")
-    return {plain(class_name): key for class_name, key in aliases.items() if key.strip()}
+# ---------------------------------------------------------------------------- descriptions
+
+SHIPPED = os.path.join(ASSETS, "descriptions")
+# Twelve classes go by other names in CuPL's files.
+CUPL_NAMES = {
+    "face": "off-center face", "car side": "side of a car", "cougar body": "body of a cougar cat",
+    "cougar face": "face of a cougar cat", "crocodile head": "head of a crocodile",
+    "flamingo head": "head of a flamingo", "snoopy": "snoopy (cartoon beagle)",
+    "yin yang": "yin and yang symbol", "2012 Ram C/V Cargo Van Minivan":
+    "Ram CV Cargo Van Minivan 2012", "pink-yellow dahlia": "pink and yellow dahlia",
+    "ball moss": "air plant", "Handstand Pushups": "Hand Stand Pushups"}
 
 
-def closest(name, keys, cutoff=0.6):
-    """Up to two keys that resemble a class name: by more than half of its words, or by spelling.
+def default_descriptions(name):
+    """Path of the description file that comes with the project; FileNotFoundError for none."""
+    path = os.path.join(SHIPPED, f"{name}.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"no descriptions come with {name}: make some with `python data.py describe --dataset "
+            "PATH --model M`, and give the file with --descriptions FILE (JSON, class -> "
+            "sentences); --template plain and atprompt need none")
+    return path
 
-    cutoff: how much alike a spelling must be, up to 1 for the same; None: by words alone, which is
-    quick.
+
+def load_descriptions(path, class_names, max_descriptions=10):
+    """Sentences that answer "What does a {Class} look like?", from JSON: class name -> sentences.
+
+    A class's key is the one with the same words, whatever their case, order and the signs between
+    them, or the one of CUPL_NAMES. The first `max_descriptions` sentences in file order are taken,
+    fewer where a class has fewer; those without a letter or digit do not count. Keys of no class
+    are ignored. Returns a list (C) of lists of str. Raises ValueError naming the file and all
+    classes that it has nothing for.
     """
-    own = set(words(name))
-    near = [key for key in keys if len(own.intersection(words(key))) > len(own) / 2]
-    if len(near) < 2 and cutoff is not None:
-        spelt = {plain(key): key for key in keys}
-        near += [spelt[key] for key in difflib.get_close_matches(plain(name), spelt, 2, cutoff)]
-    return list(dict.fromkeys(near))[:2]
+    found = read_json_object(path)
+    keys = group_by(words, found)
+    chosen, wrong = {}, []
+    for name in dict.fromkeys(class_names):
+        own = keys.get(words(name)) or keys.get(words(CUPL_NAMES.get(name, "-"))) or []
+        sentences = found[own[0]] if own else None
+        if not own:
+            near = difflib.get_close_matches(name, found, 2)
+            wrong.append(f"{name} has no key" + (f" (closest: {', '.join(near)})" if near else ""))
+        elif len(own) > 1:
+            wrong.append(f"{' and '.join(map(repr, own))} are one name")
+        elif not isinstance(sentences, list) or not any(map(is_sentence, sentences)):
+            wrong.append(f"{own[0]} has no list of sentences")
+        else:
+            read = [" ".join(each.split()) for each in sentences if is_sentence(each)]
+            chosen[name] = read[:max_descriptions]
+    if wrong:
+        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(f"{path}: {len(wrong)} of {len(set(class_names))} classes have no "
+                         f"description: {'; '.join(wrong[:10])}{more}")
+    return [chosen[name] for name in class_names]
 
 
-def aliases_to_fill(path, missing, given, keys):
-    """Writes aliases-<description file's name>.json to the current directory, for a user to fill.
+def is_sentence(value):
+    return isinstance(value, str) and any(map(str.isalnum, value))
 
-    missing: class names, which get the closest of the keys or "". given: the aliases of this run,
-    which go in as well. A file that is there already stays as it is. Returns what to do, as text;
-    None where nothing can be written here.
-    """
-    file = pathlib.Path(f"aliases-{pathlib.Path(path).stem}.json")
-    if file.exists():
-        return (f"fill {file}, which is there already (class -> key of the description file; "
-                f"remove it to have it written anew), and give --aliases {file}")
-    content = dict(given)
-    for i, name in enumerate(missing):
-        cutoff = 0.8 if i < 50 else None                    # accordion is no scorpion
-        near = closest(name, keys, cutoff)
-        content[name] = near[0] if near else ""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    try:
-        with written_aside(file) as aside:
-            aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except (OSError, ValueError):                           # the other advice is better than none
-        return None
-    return (f"{file} was written with all of them and the closest keys: correct it, fill it, and "
-            f"give --aliases {file}")
+
+def words(text):
+    """Its words and numbers in lower case, sorted: "apse (indoor)" has those of "indoor apse"."""
+    return tuple(sorted(re.findall(r"[^\W_]+", text.lower())))
 
 
 # ---------------------------------------------------------------------------- images
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+def train_transform(preprocess):
+    """PIL RGB -> crop (3, H, W), uint8: random resized crop and horizontal flip (S2.2).
+
+    preprocess: see `prompts.preprocess_of`.
+    """
+    how = transforms.InterpolationMode(preprocess["interpolation"])
+    crop = transforms.RandomResizedCrop(preprocess["size"], scale=(0.08, 1.0), interpolation=how)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
 
 
-def train_transform(resolution):
-    """PIL RGB -> crop (3, R, R), uint8: random resized crop and horizontal flip (S2.2)."""
-    bicubic = T.InterpolationMode.BICUBIC
-    return T.Compose([T.RandomResizedCrop(resolution, scale=(0.08, 1.0), interpolation=bicubic),
-                      T.RandomHorizontalFlip(), T.PILToTensor()])
+def test_transform(preprocess):
+    """PIL RGB -> crop (3, H, W), uint8: the shorter edge to size, center crop, as OpenAI's CLIP.
+
+    Some other CLIPs squash the picture to size.
+    """
+    how, size = transforms.InterpolationMode(preprocess["interpolation"]), preprocess["size"]
+    to = size if preprocess["resize_mode"] == "squash" else min(size)
+    return transforms.Compose([transforms.Resize(to, how), transforms.CenterCrop(size),
+                               transforms.PILToTensor()])
 
 
-def test_transform(resolution):
-    """PIL RGB -> crop (3, R, R), uint8: shorter edge to R, centre crop."""
-    return T.Compose([T.Resize(resolution, interpolation=T.InterpolationMode.BICUBIC),
-                      T.CenterCrop(resolution), T.PILToTensor()])
-
-
-def normalize(crops, device=None):
-    """Crops (..., 3, R, R) uint8 -> what CLIP reads: float32, by its training images' mean and std.
+def normalize(crops, preprocess, device=None):
+    """Crops (..., 3, H, W) uint8 -> what CLIP reads: float32, by its training images' mean and std.
 
     device: where they go first, still uint8, a quarter of the memory (default: they stay).
     """
     if device is not None:
         crops = crops.to(device, non_blocking=True)
-    mean, std = _mean_and_std(crops.device)
+    mean, std = _mean_and_std(tuple(preprocess["mean"]), tuple(preprocess["std"]), crops.device)
     return (crops.float() / 255 - mean) / std
 
 
 @functools.lru_cache(maxsize=8)                 # so that no training step waits for the GPU
-def _mean_and_std(device):
-    """CLIP's, (3, 1, 1) each. (torchvision's normalize reads a value back from the GPU.)"""
-    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD)]
+def _mean_and_std(mean, std, device):
+    """(3, 1, 1) each. (torchvision's normalize reads a value back from the GPU.)"""
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std)]
 
 
 class BadImage(ValueError):
@@ -1085,32 +809,46 @@ class BadImage(ValueError):
         super().__init__(message.strip().splitlines()[-1].split("BadImage: ")[-1])
 
 
-def load_image(path):
-    """An image file as PIL RGB, whatever its mode on disk (grey of 8 or 16 bits, CMYK, palette).
+Image.init()
+# What a file may hold, whatever its ending says: no EPS, for which Pillow starts another program.
+FORMATS = [name for name in ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000",
+                             "HEIF") if name in Image.OPEN]
 
-    Raises BadImage, a ValueError, for a missing, corrupt or truncated file: never skipped, since
-    that would change the few-shot set.
+
+def load_image(path, upright=False):
+    """An image file as PIL RGB, whatever its mode on disk (gray, CMYK, palette). upright: as EXIF.
+
+    Raises BadImage, a ValueError, for a missing, corrupt or truncated file, never skipped, since
+    that would change the few-shot set; and for more than 8 bits a channel, whose range nobody knows
+    who did not take the picture.
     """
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # I;16, I;16B, I: PIL would clip them to white
-                image = from_16_bits(image)
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode[0] in "IF" or re.search(r";(16[BLN]|32)", str(image.tile)):
+                raise ValueError(f"it has more than 8 bits a channel, mode {image.mode}, and CLIP "
+                                 "needs 8: scale it by its own range")
+            if upright:
+                image = ImageOps.exif_transpose(image)
             return image.convert("RGB")
     # SyntaxError: a broken PNG
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise BadImage(f"image {path} cannot be read ({reason}); mend it or unpack it again, it is "
-                       "not skipped") from None
+        raise BadImage(f"image {path} cannot be read ({' '.join(str(error).split())})") from None
 
 
-def from_16_bits(image):
-    """A grey PIL image of 16 bits, also where PIL keeps them in 32, scaled to 8."""
-    grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-    return Image.fromarray((grey // 256).astype(np.uint8))
+def check_pictures(items):
+    """Opens every image file. Raises BadImage that names all those that cannot be read."""
+    bad = []
+    for item in tqdm(items, desc="opening pictures", unit="image", leave=False, disable=None):
+        try:
+            load_image(item.source)
+        except BadImage as error:
+            bad.append(str(error))
+    if bad:
+        raise BadImage(f"{len(bad)} pictures cannot be read; mend or remove them: {'; '.join(bad)}")
 
 
 class Images(torch.utils.data.Dataset):
-    """images[epoch, i] -> (crop (3, R, R) uint8, label) of item i.
+    """images[epoch, i] -> (crop (3, H, W) uint8, label) of item i.
 
     seed: an int; the augmentation then depends on (seed, epoch, i) alone, not on workers or
     order, and the global generator stays as it was. None: for a transform without chance.
@@ -1126,103 +864,92 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, epoch_and_i):
         epoch, i = epoch_and_i
-        path, label = self.items[i]
-        image = load_image(path)
+        item = self.items[i]
+        image = load_image(item.source, item.upright)
         if self.seed is None:
-            return self.transform(image), label
+            return self.transform(image), item.label
         mixed = int(np.random.SeedSequence((self.seed, epoch, i)).generate_state(1)[0])
         # torchvision's transforms draw from the global generator; torch.manual_seed would reseed
         # CUDA's as well.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed)
-            return self.transform(image), label
+            return self.transform(image), item.label
 
 
 ENCODE_BATCH = 256                  # images that go through the frozen image tower at a time
 
 
-def loader(images, epochs=(0,), batch_size=ENCODE_BATCH, workers=0, device="cpu"):
-    """Batches of crops (B, 3, R, R) uint8 and labels (B,), in item order, an epoch after the other.
+def loader(images, epochs=(0,), batch_size=ENCODE_BATCH, workers=0):
+    """Batches of crops (B, 3, H, W) uint8 and labels (B,), in item order, an epoch after the other.
 
     One DataLoader, and so one set of worker processes, for the whole run: where there are workers
     they read on into the next epoch while the steps of this one run. To go through once. No batch
-    spans two epochs. workers: None: 8 or fewer where device, where the crops go, is a GPU of CUDA,
-    else none. Going through it raises BadImage.
+    spans two epochs. Going through it raises BadImage.
     """
-    on_cuda = torch.device(device).type == "cuda"
-    if workers is None:
-        workers = min(8, os.cpu_count() or 1) if on_cuda else 0
     n = len(images)
     batches = ([(epoch, i) for i in range(start, min(start + batch_size, n))]
                for epoch in epochs for start in range(0, n, batch_size))
     return torch.utils.data.DataLoader(
-        images, batch_sampler=batches, num_workers=workers, pin_memory=on_cuda,
+        images, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())                        # leaves the global one alone
 
 
-def epoch_features(images, epochs, encode, device, keep_crops=False, kept=None, workers=None):
+def epoch_features(images, epochs, encode, kept=None, keep_crops=False, workers=0):
     """f_I(x) of each epoch's crops, by the frozen image tower, which is the same for every method.
 
-    Yields for each of `epochs`, a sequence of numbers, f (n, d), as encode gives it but in float32,
-    or None; and crops (n, 3, R, R), uint8 on the CPU, or None. Both are in item order.
+    Yields for each of `epochs`, a sequence of numbers, f (n, d) as encode gives it but in float32,
+    or None; and crops (n, 3, H, W), uint8 on the CPU, or None. Both are in item order.
 
-    images: an `Images`. encode: a function normalised images (B, 3, R, R) on `device`, CLIP's ->
-    (B, d), not normalised; or None where nobody needs f. keep_crops: whether the crops are needed
-    (MaPLe). kept: a `KeptFeatures`, or None; the f of an epoch that stands there is read, and its
-    images are opened for their crops alone. workers: see `loader`. Raises BadImage.
+    images: an `Images`. encode: a function crops (B, 3, H, W) uint8 -> (B, d), not normalised; or
+    None where nobody needs f. kept: a `KeptFeatures`, or None; the f of an epoch that is there is
+    read, and its images are opened for their crops alone. keep_crops: whether the crops are needed
+    (MaPLe). Raises BadImage.
     """
     to_load = [epoch for epoch in epochs if keep_crops or kept is None or not kept.has(epoch)]
     if to_load:
-        batches = iter(loader(images, to_load, workers=workers, device=device))
+        batches = iter(loader(images, to_load, workers=workers))
     for epoch in epochs:
         f = kept.read(epoch) if kept is not None else None
         own = []                                            # the batches of this epoch
         if epoch in to_load:
             own = itertools.islice(batches, math.ceil(len(images) / ENCODE_BATCH))
         elif f is None:                                     # what was kept turns out damaged
-            own = loader(images, [epoch], workers=workers, device=device)
+            own = loader(images, [epoch], workers=workers)
+        total = math.ceil(len(images) / ENCODE_BATCH)
+        bar = tqdm(own, total=total, desc="images", leave=False, disable=None if own else True)
 
-        new, crops = through_tower(own, encode if f is None else None, device, keep_crops)
-        if new is not None:
-            f = new
+        crops, new = [], []
+        for crop, _ in bar:
+            if keep_crops:
+                crops.append(crop)
+            if f is None and encode is not None:
+                with torch.no_grad():
+                    new.append(encode(crop))                # (B, d)
+        if new:
+            f = torch.cat(new)
             if kept is not None:
                 kept.write(epoch, f)
-        if f is not None:
-            f = f.to(device).float()
-        yield f, crops
-
-
-@torch.no_grad()
-def through_tower(batches, encode, device, keep_crops):
-    """encode of the crops of these batches, (n, d), or None without it; and the crops, or None."""
-    features, crops = [], []
-    for crop, _ in batches:
-        if keep_crops:
-            crops.append(crop)
-        if encode is not None:
-            features.append(encode(normalize(crop, device)))
-    features = torch.cat(features) if features else None
-    crops = torch.cat(crops) if crops else None
-    return features, crops
+        yield None if f is None else f.float(), torch.cat(crops) if crops else None
 
 
 class KeptFeatures:
-    """Image features in a folder, for who comes next with the same CLIP, images and seed.
+    """Image features in a folder, for the next run with the same CLIP, images and seed.
 
     A file an epoch, about 1 kB an image in float16 and 2 kB in float32. Its name is a digest of
     all that the features depend on: of `what` (CLIP, precision), the transform and the versions of
     the libraries that carry it out, the seed, the epoch, and path, size and time of every image. A
-    file that is damaged or of something else is not believed.
+    file that is damaged is computed anew.
     """
 
     def __init__(self, folder, what, images):
         self.folder = pathlib.Path(folder)
-        stats = [os.stat(item.source) for item in images.items]
-        rows = [[str(item.source), stat.st_size, stat.st_mtime_ns]
-                for item, stat in zip(images.items, stats)]
+        self.n = len(images)
+        rows = []
+        for item in images.items:
+            stat = os.stat(item.source)
+            rows.append([str(item.source), item.upright, stat.st_size, stat.st_mtime_ns])
         versions = [PIL.__version__, torchvision.__version__]       # two Pillows, two crops
         self.what = digest([what, repr(images.transform), versions, images.seed, rows])
-        self.n = len(rows)
 
     def path(self, epoch):
         return self.folder / f"{digest([self.what, epoch])}.npz"
@@ -1235,34 +962,39 @@ class KeptFeatures:
         try:
             # A zip: it checks its checksums.
             with np.load(self.path(epoch), allow_pickle=False) as file:
-                features, what = torch.from_numpy(file["features"]), str(file["what"])
+                features = torch.from_numpy(file["features"])
         except Exception:                       # numpy has many words for a flipped bit
             return None
-        if what != self.path(epoch).stem or features.dim() != 2 or len(features) != self.n:
-            return None
-        return features.float()
+        return features.float() if len(features) == self.n else None
 
     def write(self, epoch, features):
-        features = features.cpu()
         if features.dtype == torch.bfloat16:                                # numpy has none
             features = features.float()
         with written_aside(self.path(epoch)) as aside, open(aside, "wb") as file:
-            np.savez(file, features=features.numpy(), what=self.path(epoch).stem)
+            np.savez(file, features=features.cpu().numpy())
 
 
-# ---------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------- what runs write
 
 @contextlib.contextmanager
 def written_aside(path):
     """Gives a name beside `path` to write to, and renames it at the end: nobody sees half a file.
 
-    On any failure the old file stays as it was. Raises OSError saying what could not be written.
+    It is on the disk before it gets its name. On any failure the old file stays as it was. A device
+    or a pipe is written to directly, and a link is followed. Raises OSError saying what could not
+    be written.
     """
     path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = pathlib.Path(os.path.realpath(path))
     aside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())                         # else a power cut leaves it empty
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         reason = " ".join(str(error).split())
@@ -1273,44 +1005,87 @@ def written_aside(path):
             aside.unlink()
 
 
+def save_json(path, value):
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_csv(path, rows):
+    """Rows (dicts with the same keys) as CSV, in UTF-8."""
+    with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def check_unchanged(path, saved, now, advice):
+    """Raises ValueError where settings or digests `now` are not those a file was made with."""
+    changed = [name for name, value in now.items() if saved.get(name) != value]
+    if changed:
+        raise ValueError(f"{path} was made with other {' and '.join(changed)} than there are now; "
+                         f"{advice}")
+
+
+def folder_name(kind, changed):
+    """`coop-anchoropt,epochs=1,tau=0.5`: every setting that is off its default, sorted by name.
+
+    No two settings share a name: values are %-escaped as in a URL, and what would be too long for a
+    file system ends in a digest of the whole.
+    """
+    parts = [kind]
+    for key, value in sorted(changed.items()):
+        values = value if isinstance(value, list) else [value]
+        text = "+".join(urllib.parse.quote(str(each), safe="") for each in values)
+        parts.append(f"{key}={text}")
+    name = ",".join(parts)
+    return name if len(name) <= 200 else f"{name[:180]},{digest(name)}"
+
+
+@contextlib.contextmanager
+def only_process(folder, wait, what):
+    """Holds a folder for this process alone, as long as the process lives.
+
+    wait: another process that holds it is waited for; else BlockingIOError says that it is at work.
+    Raises OSError where the folder cannot be written to: before anything is learnt.
+    """
+    # The operating system holds the lock: it goes with the process, however that ends.
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            print(f"{what}: another process is at work on it in {folder}", flush=True)
+            lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        raise BlockingIOError(f"wait for the process that is at work on {what} in {folder}, or "
+                              "choose another --output") from None
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write to {folder} ({reason}); choose another --output") from error
+    try:
+        # What processes have left that were killed while they wrote.
+        for litter in folder.glob(".*.part*"):
+            litter.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
 # ---------------------------------------------------------------------- command line: what is there
 
 def inventory(root):
     """Prints a line per dataset: found, or what is missing."""
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"data root {root} is missing; "
-                                "give --root or set DATA to the folder of the datasets")
     for name in DATASETS:
         try:
-            line = found_line(load_dataset(name, root))
+            dataset = load_dataset(name, root)
+            base, novel = split_base_novel(dataset.class_names)
+            line = (f"found  {len(base):4} base, {len(novel):4} novel classes  "
+                    f"{len(dataset.train):7} train, {len(dataset.test):6} test images  "
+                    f"{'; '.join(dataset.notes)}")
         except (ValueError, OSError) as error:
-            line = "-      " + " ".join(str(error).split())
-        print(f"{name:16}{line}", flush=True)
-
-
-def found_line(dataset):
-    names = dataset.class_names
-    base, novel = split_base_novel(names)
-    line = (f"found  {len(names):4} classes ({len(base)} base, {len(novel)} novel)  "
-            f"{len(dataset.train):7} train  {len(dataset.test):6} test images  "
-            f"{described(dataset)}")
-    for note in dataset.notes:
-        line += f" [{note.removeprefix(dataset.name + ': ')}]"
-    return " ".join(line.splitlines())
-
-
-def described(dataset):
-    """In words, whether the project has descriptions of a dataset's classes."""
-    if not dataset.train:
-        return "test only"
-    try:
-        file = default_descriptions(dataset.name)
-        load_descriptions(file, dataset.class_names, write_aliases=False)
-        return "descriptions found"
-    except FileNotFoundError:
-        return "no descriptions"
-    except (ValueError, OSError) as error:
-        return " ".join(str(error).split())
+            line = f"-      {error}"
+        print(f"{name:16}{' '.join(line.splitlines())}", flush=True)
 
 
 # --------------------------------------------------------------------------- command line: describe
@@ -1330,59 +1105,51 @@ What you say must be true of this thing and not of these, from which it has to b
 {neighbours}."""
 
 
-def describe(name, root, model, base_url=None, output=None, per_class=10):
-    """Ask an OpenAI-compatible server for `per_class` sentences a class; write after each class.
+def describe(args):
+    """S2.2.1: asks an OpenAI-compatible server for sentences on every class that the file lacks.
 
-    name: as `load_dataset` takes it. output: the file; default: where `default_descriptions`
-    looks, and descriptions-NAME.json in the current directory for a dataset of one's own. Classes
-    that the file already has are kept, so an interrupted run resumes. The key comes from the
-    environment's OPENAI_API_KEY and is never written or printed. Raises ValueError, OSError.
+    args: dataset, root, model, base_url, output, per_class. The file is written after each class,
+    so a run that was stopped goes on. The key comes from the environment's OPENAI_API_KEY and is
+    never written or printed. Raises ValueError and OSError.
     """
-    client = openai_client(base_url)
-    if per_class < 1:
-        raise ValueError(f"--per-class must be at least 1, not {per_class}")
-    dataset = load_dataset(name, root)
-    if output is None:
-        output = f"descriptions-{dataset.name}.json"
-        if dataset.name in DATASETS:
-            output = os.path.join(SHIPPED, f"{dataset.name}.json")
-
-    found = {}
-    if os.path.isfile(output):
-        with advised("expected class name -> list of sentences"):
-            found = read_json_object(output)
-    found = {class_name: sentences for class_name, sentences in found.items() if sentences}
-    done = {plain(class_name) for class_name in found}
-    every = list(dict.fromkeys(dataset.class_names))
-    wanted = [class_name for class_name in every if plain(class_name) not in done]
-    bar = tqdm(wanted, desc=f"describing {dataset.name}", unit="class")
-    for class_name in bar:
-        bar.set_postfix_str(class_name)
-        form = FORM.format(n=per_class, neighbours=", ".join(neighbours(class_name, every)))
-        try:
-            found[class_name] = ask(client, model, class_name, form, per_class)
-        except ValueError as error:
-            raise ValueError(f"{class_name}: {error} (at {base_url or 'OpenAI'}); start again to "
-                             f"resume, {output} keeps what is done") from None
-        with written_aside(output) as aside:
-            aside.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(f"{output}: {len(found)} classes, {len(wanted)} of them new")
-
-
-def openai_client(base_url):
-    """A client of the server at `base_url` (None: OpenAI's). ValueError where something lacks."""
     try:
         import openai
     except ImportError:
         raise ValueError("describe needs the openai client: pip install openai") from None
-    key = api_key()
-    if not key and not base_url:
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key and not args.base_url:
         raise ValueError("set OPENAI_API_KEY, or give --base-url of a server that needs no key")
-    return openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=120)
+    client = openai.OpenAI(api_key=key or "none", base_url=args.base_url, timeout=120)
 
-
-def api_key():
-    return os.environ.get("OPENAI_API_KEY", "").strip()
+    dataset = load_dataset(args.dataset, args.root)
+    output = args.output or f"descriptions-{dataset.name}.json"
+    found = read_json_object(output) if os.path.isfile(output) else {}
+    done = {words(name) for name, sentences in found.items() if sentences}
+    every = list(dict.fromkeys(dataset.class_names))
+    wanted = [name for name in every if words(name) not in done]
+    for name in tqdm(wanted, desc=f"describing {dataset.name}", unit="class"):
+        form = FORM.format(n=args.per_class, neighbours=", ".join(neighbours(name, every)))
+        sentences = []
+        for _ in range(3):                                  # a model may give fewer than asked for
+            try:
+                answer = client.chat.completions.create(model=args.model, messages=[
+                    {"role": "system", "content": form},
+                    {"role": "user", "content": QUERY.format(name)}])
+                sentences += read_answer(answer.choices[0].message.content)
+            except Exception as error:                      # servers answer in many strange ways
+                reason = " ".join(str(error).split()).replace(key or "\n", "***")
+                raise ValueError(f"{name}: no answer of {args.base_url or 'OpenAI'} can be read "
+                                 f"({reason[:200]}); the same command goes on from here, {output} "
+                                 "keeps what is done") from None
+            sentences = list(dict.fromkeys(sentences))[:args.per_class]
+            if len(sentences) == args.per_class:
+                break
+        if not sentences:
+            raise ValueError(f"{name}: {args.model} gave no sentence in three answers; try another "
+                             "--model, and see that --base-url is the API's (mostly .../v1)")
+        found[name] = sentences
+        save_json(output, found)
+    print(f"{output}: {len(found)} classes, {len(wanted)} of them new")
 
 
 def neighbours(class_name, class_names, n=6):
@@ -1392,33 +1159,6 @@ def neighbours(class_name, class_names, n=6):
     by_distance = sorted(others, key=lambda name: abs(class_names.index(name) - at))
     by_distance.sort(key=lambda name: -len(own & set(words(name))))     # a stable sort
     return by_distance[:n]
-
-
-def ask(client, model, class_name, form, per_class):
-    """Up to `per_class` sentences on a class. ValueError where no answer, or no sentence, comes."""
-    import openai
-
-    sentences = []
-    for _ in range(3):                                      # a model may give fewer than asked for
-        try:
-            answer = client.chat.completions.create(model=model, messages=[
-                {"role": "system", "content": form},
-                {"role": "user", "content": QUERY.format(class_name)}])
-        except openai.OpenAIError as error:
-            reason = " ".join(str(error).split())
-            if api_key():
-                reason = reason.replace(api_key(), "***")
-            raise ValueError(f"the server does not answer ({reason})") from None
-        choices = getattr(answer, "choices", None)  # a server's web page comes back as a str
-        text = choices[0].message.content if choices else ""
-        sentences += read_answer(text or "")
-        sentences = list(dict.fromkeys(sentences))[:per_class]
-        if len(sentences) == per_class:
-            break
-    if not sentences:
-        raise ValueError(f"{model} gave no sentence in three answers; try another --model, and see "
-                         "that --base-url is the API's (it mostly ends in /v1)")
-    return sentences
 
 
 def read_answer(text):
@@ -1434,45 +1174,34 @@ def read_answer(text):
     return sentences
 
 
-def parse(argv):
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description="What is under the data root; or make a description file.")
-    parser.add_argument(
-        "--root",
-        help="folder that holds the datasets (default: the environment's DATA, else ./data)")
+    root = {"metavar": "DIR", "help": "folder that holds the datasets (default: the environment's "
+                                      "DATA, else ./data)"}
+    parser.add_argument("--root", **root)
     command = parser.add_subparsers(dest="command").add_parser(
         "describe", help="make a description file",
         description="Make a description file with an OpenAI-compatible server; its key comes from "
                     "the environment's OPENAI_API_KEY.")
-    command.add_argument(
-        "--dataset", required=True, metavar="NAME",
-        help="whose classes to describe; or the folder of a dataset of your own")
-    command.add_argument(
-        "--root", default=argparse.SUPPRESS,
-        help="folder that holds the datasets (default: the environment's DATA, else ./data)")
+    command.add_argument("--dataset", required=True, metavar="NAME",
+                         help="whose classes to describe; or the folder of a dataset of your own")
+    command.add_argument("--root", **root | {"default": argparse.SUPPRESS})
     command.add_argument("--model", required=True, help="the server's name of the model")
-    command.add_argument(
-        "--base-url", default=os.environ.get("OPENAI_BASE_URL"),
-        help="e.g. http://localhost:8000/v1 (default: the environment's OPENAI_BASE_URL, else "
-             "OpenAI)")
-    command.add_argument(
-        "--output",
-        help="file to write, or to complete: classes that it has are kept (default: "
-             "assets/descriptions/DATASET.json; of a dataset of your own: descriptions-NAME.json)")
-    command.add_argument(
-        "--per-class", type=int, default=10,
-        help="sentences for each class that the file has not yet (default: 10)")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse(argv)
+    command.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL"),
+                         help="e.g. http://localhost:8000/v1 (default: the environment's "
+                              "OPENAI_BASE_URL, else OpenAI)")
+    command.add_argument("--output", metavar="FILE",
+                         help="file to write, or to complete: classes that it has are kept "
+                              "(default: descriptions-NAME.json)")
+    command.add_argument("--per-class", type=int, default=10, metavar="D",
+                         help="sentences for each class that the file has not yet (default: 10)")
+    args = parser.parse_args(argv)
     try:
         if args.command == "describe":
-            describe(args.dataset, args.root, args.model, args.base_url, args.output,
-                     args.per_class)
+            describe(args)
         else:
-            inventory(data_root(args.root))
+            inventory(args.root)
         return 0
     except KeyboardInterrupt:
         print("data.py: stopped; what is finished is kept", file=sys.stderr)

@@ -4,6 +4,8 @@ Every function takes tensors and returns a tensor; nothing here knows about CLIP
 so this module can be copied alone into any codebase. Symbols: B images, C classes, d feature width.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -53,11 +55,15 @@ def cross_entropy(logits, labels):
     return F.cross_entropy(logits, labels)
 
 
-def ensemble_logits(logits_normal, logits_anchor):
+def ensemble_logits(logits_normal, logits_anchor, average="logits"):
     """q_ens, as Algorithm 1 computes it:  l_ens = (l_anc + l_norm) / 2, with q = softmax(l).
 
-    (S3.1 averages the probabilities.) logits_normal, logits_anchor (B, C). Returns (B, C).
+    average: "logits"; or "probabilities", as in S3.1:  l_ens = log( (q_anc + q_norm) / 2 ).
+    logits_normal, logits_anchor (B, C). Returns (B, C).
     """
+    if average == "probabilities":
+        log_q_norm, log_q_anc = logits_normal.log_softmax(-1), logits_anchor.log_softmax(-1)
+        return torch.logaddexp(log_q_norm, log_q_anc) - math.log(2)
     return (logits_normal + logits_anchor) / 2
 
 

@@ -4,10 +4,12 @@ W is (K, K) with K = M + N (M soft tokens, N anchor tokens). Row i is a position
 prompt, column j a token of the original sequence [V_1]..[V_M][Anc_1]..[Anc_N]; a 1 at (i, j) puts
 token j at position i. Rows are chosen one by one, so a token may be repeated or dropped (Sec. 4.2).
 W is the hard matrix of Eq. 6; W-hat, its softened form of Eq. 7, serves the gradient alone: this is
-Algorithm 1's `hard=True`, where Eq. 9 as printed multiplies by W-hat.
+Algorithm 1's `hard=True`. Eq. 9 as printed multiplies by W-hat; soft=True is that reading.
 
 This module needs torch alone (matplotlib only when a picture is drawn): copy it into any codebase.
 """
+
+import textwrap
 
 import torch
 import torch.nn as nn
@@ -26,22 +28,21 @@ class PositionMatrix(nn.Module):
     size: K = M + N.
     tau: the temperature of Eq. 7, > 0; smaller is sharper (Tab. S3 tries 0.1 to 4).
     test_position: "argmax", or "sample": draw noise in eval mode too, as the authors' code does.
+    soft: W-hat in value, too, in training: Eq. 9 as printed.
+    draw: "step", or "once": one noise for the whole training, as Algorithm 1 shows it.
     Raises ValueError for a size below 1, a tau that is not positive, or another test_position.
     """
 
-    def __init__(self, size, tau=1.0, test_position="argmax"):
+    def __init__(self, size, tau=1.0, test_position="argmax", soft=False, draw="step"):
         super().__init__()
-        if size < 1:
-            raise ValueError(f"PositionMatrix: size must be at least 1, got {size}")
-        if not tau > 0:
-            raise ValueError(f"PositionMatrix: tau must be positive, got {tau}")
-        if test_position not in ("argmax", "sample"):
-            raise ValueError("PositionMatrix: test_position is 'argmax' or 'sample', "
-                             f"got {test_position!r}")
-        self.tau, self.test_position = tau, test_position
+        if size < 1 or not tau > 0 or test_position not in ("argmax", "sample"):
+            raise ValueError("PositionMatrix: size must be at least 1, tau positive, test_position "
+                             f"'argmax' or 'sample', not {size}, {tau}, {test_position!r}")
+        self.tau, self.test_position, self.soft = tau, test_position, soft
         # Algorithm 1: pos_params = randn(N + M, N + M). Row i holds log p^i up to a constant, which
         # neither the arg-max of Eq. 6 nor the softmax of Eq. 7 can see.
         self.logits = nn.Parameter(torch.randn(size, size))
+        self.register_buffer("noise", gumbel_noise(self.logits) if draw == "once" else None)
 
     def forward(self):
         """Returns W (K, K). One call is one sample (Algorithm 1's gumbel_softmax).
@@ -52,9 +53,12 @@ class PositionMatrix(nn.Module):
             return hard_assignment(self.logits.detach())
         # A draw for each of the K x K entries, anew at each call, as in Eq. 6. (Algorithm 1 shows
         # the call once, above its loop; the released code draws in every step as well.)
-        scores = self.logits + gumbel_noise(self.logits)            # log p_j^i + eps_j
-        hard = hard_assignment(scores)                              # Eq. 6
+        noise = gumbel_noise(self.logits) if self.noise is None else self.noise
+        scores = self.logits + noise                                # log p_j^i + eps_j
         soft = soft_assignment(scores, self.tau)                    # Eq. 7
+        if self.soft and self.training:
+            return soft
+        hard = hard_assignment(scores)                              # Eq. 6
         return hard + (soft - soft.detach())        # the bracket is exactly 0: Eq. 6, to the bit
 
 
@@ -111,27 +115,40 @@ def fixed_matrix(arrangement, n_soft, n_anchor):
     return torch.eye(n_soft + n_anchor)[order]
 
 
-def plot_position_matrix(W, path, n_anchor=1, title=None):
+def in_words(W, n_anchor=1):
+    """What W does: "V2 V1 V2 A1 V1", the prompt's positions from the left. Anchors may be dropped.
+
+    W (R, K) of 0 and 1, or rows of a list; n_anchor = N: how many of the last columns are anchors.
+    """
+    W = torch.as_tensor(W)
+    names = token_names(W.shape[1], n_anchor)
+    chosen = [names[j] for j in W.argmax(1).tolist()]
+    if any(name.startswith("A") for name in chosen):
+        return " ".join(chosen)
+    return f"{' '.join(chosen)}; the anchor is not used"
+
+
+def token_names(K, n_anchor):
+    """V1 .. VM, A1 .. AN: the original sequence, Eq. 8."""
+    return [f"V{j + 1}" for j in range(K - n_anchor)] + [f"A{j + 1}" for j in range(n_anchor)]
+
+
+def plot_position_matrix(W, path, n_anchor=1, title=""):
     """Fig. 4: draws W with tokens of the original sequence as columns and prompt positions as rows.
 
     W (K, K), or a dict title -> W to draw several side by side as the paper does, five in a row;
     path: the picture to write (its ending sets the format); n_anchor = N: how many of the last
-    columns are anchors, or a dict title -> N.
-    Raises ImportError, saying what to install, where matplotlib is missing.
+    columns are anchors, or a dict title -> N. Below each W stands in words what it does.
+    Raises ImportError where matplotlib is missing.
     """
-    try:
-        # These need no display and change no global state of pyplot.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing the position matrix needs matplotlib: "
-                          "pip install matplotlib") from error
-    panels = W
-    if not isinstance(W, dict):
-        panels = {title or "": W}
+    # These need no display and change no global state of pyplot.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = W if isinstance(W, dict) else {title: W}
     across = min(5, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(2.6 * across + 0.4, 3.0 * down), layout="constrained")
+    figure = Figure(figsize=(3.2 * across, 3.8 * down), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(down, across, squeeze=False).flatten()
     for axes in grid[len(panels):]:
@@ -139,16 +156,17 @@ def plot_position_matrix(W, path, n_anchor=1, title=None):
     for axes, (name, matrix) in zip(grid, panels.items()):
         matrix = torch.as_tensor(matrix, dtype=torch.float32).detach().cpu()
         rows, columns = matrix.shape
-        axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1.25)    # a 1 stays legible
+        N = n_anchor[name] if isinstance(n_anchor, dict) else n_anchor
+        axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1)
+        axes.axvspan(columns - N - 0.5, columns - 0.5, color="tab:orange", alpha=0.25)
         for i in range(rows):
             for j in range(columns):
-                axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=8)
-        N = n_anchor[name] if isinstance(n_anchor, dict) else n_anchor
-        tokens = [f"V{j + 1}" for j in range(columns - N)]
-        tokens += [f"A{j + 1}" for j in range(N)]
-        axes.set_xticks(range(columns), tokens)
+                color = "white" if matrix[i, j] > 0.5 else "gray"
+                axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", color=color)
+        axes.set_xticks(range(columns), token_names(columns, N))
         axes.set_yticks(range(rows), [str(i + 1) for i in range(rows)])
-        axes.set_xlabel("token of the original sequence")
         axes.set_ylabel("position in the prompt")
-        axes.set_title(name, fontsize=10 if len(name) < 30 else 6)
+        lines = textwrap.wrap(f"positions: {in_words(matrix, N)}", 34)
+        axes.set_xlabel("\n".join(["token of the original sequence", *lines]), fontsize=8)
+        axes.set_title("\n".join(textwrap.wrap(name, 34)), fontsize=9)
     figure.savefig(path)

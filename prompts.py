@@ -13,9 +13,11 @@ tokens of all C classes without padding, R image resolution, H attention heads, 
 """
 
 import copy
+import difflib
 import functools
 import hashlib
-import itertools
+import inspect
+import json
 import os
 import pathlib
 import re
@@ -41,6 +43,10 @@ except ModuleNotFoundError as error:
                       "pip install 'setuptools<81'") from None
 
 from position import PositionMatrix, fixed_matrix, rearrange
+
+if len(inspect.signature(clip.model.build_model).parameters) > 1:      # MaPLe's: design_details
+    raise ImportError(f"{clip.__file__} is another repository's clip, changed for its own use: "
+                      "take its folder off the path")
 
 TOKENIZER = SimpleTokenizer()
 SOS, EOT = TOKENIZER.encoder["<|startoftext|>"], TOKENIZER.encoder["<|endoftext|>"]
@@ -313,13 +319,22 @@ def encode_image(clip_model, images, tokens=()):
     with no position, before `ln_pre`; each later one replaces the last M states before its block
     (MaPLe).
     """
-    visual = clip_model.visual
     if len(images) > 8 and images.device.type == "cpu" and not torch.is_grad_enabled():
         # 256 at once take 1.4x longer an image, and 3 GB: the system reclaims large temporaries.
         return torch.cat([encode_image(clip_model, part, tokens) for part in images.split(8)])
-    if not hasattr(visual, "transformer"):                  # a ResNet: no prompts, CLIP's own path
-        return clip_model.encode_image(images)
+    if is_plain_vit(clip_model):
+        return _encode_vit(clip_model, images, tokens)
+    return clip_model.encode_image(images.to(clip_model.dtype))     # no prompts: CLIP's own path
 
+
+def is_plain_vit(clip_model):
+    """Is its image tower OpenAI's vision transformer, which can be prompted, and no ResNet?"""
+    return getattr(clip_model, "plain_vit", hasattr(clip_model.visual, "transformer"))
+
+
+def _encode_vit(clip_model, images, tokens=()):
+    """`encode_image`, written out for a vision transformer."""
+    visual = clip_model.visual
     patches = visual.conv1(images.to(clip_model.dtype)).flatten(2).transpose(1, 2)  # (B, n, d_v)
     dtype = patches.dtype
     # CLIP's token for the whole image. (It is no [CLS], which is a class name's tokens here.)
@@ -431,11 +446,10 @@ class AnchorTemplate(PlainTemplate):
     anchor_tokens (N, d_t): frozen, from Stage I.
     arrangement (Tab. 8): "adaptive" (W is learnt), "before" or "middle" (a fixed W), "after-class"
         (soft tokens alone in front; the anchor stands between the class name and its full stop).
-    tau, test_position: see `position.PositionMatrix`.
+    matrix: further arguments of `position.PositionMatrix`.
     """
 
-    def __init__(self, clip_model, n_soft, anchor_tokens, arrangement="adaptive", tau=1.0,
-                 test_position="argmax"):
+    def __init__(self, clip_model, n_soft, anchor_tokens, arrangement="adaptive", **matrix):
         super().__init__(clip_model, n_soft)
         n_anchor, device = len(anchor_tokens), self.soft_tokens.device
         # Saved with the prompt, unlike a fixed W: evaluation builds t_anc from it.
@@ -444,8 +458,7 @@ class AnchorTemplate(PlainTemplate):
         self.anchor_in_suffix = arrangement == "after-class"
         self.length = n_soft if self.anchor_in_suffix else n_soft + n_anchor
         if arrangement == "adaptive":                               # theta_pos
-            matrix = PositionMatrix(n_soft + n_anchor, tau, test_position)
-            self.position_matrix = matrix.to(device)
+            self.position_matrix = PositionMatrix(n_soft + n_anchor, **matrix).to(device)
         elif self.anchor_in_suffix:
             W = torch.eye(n_soft, n_soft + n_anchor)                # no row takes an anchor
             self.register_buffer("fixed_W", W.to(device), persistent=False)
@@ -493,6 +506,7 @@ class CoOp(nn.Module):
     """
     needs_images = False            # True where the image tower is prompted too
     prompts_per_image = False       # True where every image has a prompt of its own
+    ensemble = "logits"             # what its ensemble with the anchor prompt averages
 
     def __init__(self, clip_model, class_names, template, read_back=0, class_chunk=0):
         super().__init__()
@@ -606,9 +620,11 @@ class MaPLe(CoOp):
 
 def check_depth(clip_model, depth):
     """Raises ValueError where MaPLe cannot prompt the first `depth` blocks of both towers."""
-    if not hasattr(clip_model.visual, "transformer"):
-        raise ValueError("MaPLe prompts a vision transformer; this CLIP's image tower is a ResNet")
-    layers = min(clip_model.transformer.layers, clip_model.visual.transformer.layers)
+    if not is_plain_vit(clip_model):
+        raise ValueError("MaPLe prompts OpenAI's kind of vision transformer, and this CLIP's image "
+                         "tower is another (a ResNet, EVA, ConvNeXt, ...)")
+    layers = min(len(clip_model.transformer.resblocks),
+                 len(clip_model.visual.transformer.resblocks))
     if not 1 <= depth <= layers:
         raise ValueError(f"depth {depth}: this CLIP's towers share {layers} blocks, "
                          f"so a depth of 1 to {layers} is possible")
@@ -699,13 +715,17 @@ def build_learner(settings, clip_model, class_names, anchor_tokens=None):
     options = {"class_chunk": settings.get("class_chunk", 0)}
     M = settings["soft_tokens"]
     if template_name == "plain":
-        template = PlainTemplate(clip_model, M, settings.get("start_words", ""))
+        words = settings.get("start_words", "")
+        if baseline != "maple":             # MaPLe alone keeps words beyond the first M
+            words = " ".join(words.split()[:M])
+        template = PlainTemplate(clip_model, M, words)
     elif template_name == "atprompt":
         template = AttributeTemplate(clip_model, M, settings["attributes"])
     else:
         check_width(clip_model, anchor_tokens)
-        template = AnchorTemplate(clip_model, M, anchor_tokens, settings["arrangement"],
-                                  settings["tau"], settings["test_position"])
+        matrix = {key: settings[key] for key in ("tau", "test_position", "soft_W", "draw")}
+        matrix["soft"] = matrix.pop("soft_W")
+        template = AnchorTemplate(clip_model, M, anchor_tokens, settings["arrangement"], **matrix)
         if settings["feature_at"] == "released":
             options["read_back"] = len(anchor_tokens)
     # times four baselines.
@@ -713,7 +733,9 @@ def build_learner(settings, clip_model, class_names, anchor_tokens=None):
         options["depth"] = settings["depth"]
     if baseline == "dept":
         options["w_cat"] = settings["w_cat"]
-    return BASELINES[baseline](clip_model, class_names, template, **options)
+    learner = BASELINES[baseline](clip_model, class_names, template, **options)
+    learner.ensemble = settings.get("ensemble", "logits")
+    return learner
 
 
 def check_width(clip_model, anchor_tokens):
@@ -729,86 +751,104 @@ def check_width(clip_model, anchor_tokens):
 # ---------------------------------------------------------------------------- loading CLIP
 
 TOY_CLIP = pathlib.Path(__file__).resolve().parent / "assets" / "toy_clip.npz"
-# Image towers of OpenCLIP (ViT-H, -g, -bigG) whose heads are not 64 wide: width -> heads.
-HEADS_NOT_64_WIDE = {1280: 16, 1408: 16, 1664: 16}
+OTHER_CLIPS = ("open_clip:", "hf-hub:", "local-dir:")
+# As OpenAI's CLIPs read a picture; `preprocess_of` says what the entries are.
+OPENAI_PREPROCESS = {"mean": (0.48145466, 0.4578275, 0.40821073),
+                     "std": (0.26862954, 0.26130258, 0.27577711),
+                     "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
-def load_clip(name_or_path, device="cpu", dtype=None, activation=None, vision_heads=None,
-              text_heads=None):
+def load_clip(name_or_path, device="cpu", dtype=None):
     """A frozen CLIP in eval mode.
 
-    name_or_path: "toy" (the small CLIP under assets/), a name of `clip.available_models()`, or the
-        path of a checkpoint: one of OpenAI's own files, or a state dict (torch.save or safetensors;
-        bare or wrapped; with the keys of OpenAI, OpenCLIP or HuggingFace's CLIPModel).
+    name_or_path:
+        "toy", the small CLIP under assets/;
+        a name of `clip.available_models()`, OpenAI's own file of one, or a state dict (torch.save)
+            of the same architecture;
+        "open_clip:ARCHITECTURE:TAG" or "open_clip:ARCHITECTURE:FILE", "hf-hub:OWNER/NAME" and
+            "local-dir:FOLDER": what `open_clip.create_model` takes;
+        a folder with HuggingFace's CLIPModel: config.json and the weights.
     dtype: of its weights, default float16 on CUDA and float32 elsewhere. In half precision CLIP's
         own rule leaves LayerNorms and embeddings in float32.
-    activation: "quickgelu" (OpenAI's, default) or "gelu" (most of OpenCLIP's). vision_heads,
-        text_heads: attention heads of each tower, default one for 64 channels. None of these stands
-        in a state dict, so they can be told.
-    Returns a `clip.model.CLIP`; its `notes` say what was assumed about a file that is not OpenAI's.
-    Raises FileNotFoundError for an unknown name or missing weights; ValueError for a file that
-    holds no CLIP, heads that cannot be, or a device that is not there. Files are read as data: no
-    pickled code of theirs is ever run.
+    Returns a `clip.model.CLIP`, or open_clip's model with the same names for its text tower. Raises
+    FileNotFoundError for an unknown name or missing weights, and ValueError for what holds no CLIP,
+    a text tower that is not CLIP's, or a device that is not there. All files are read as data: no
+    code of theirs is ever run.
     """
-    # Is the device there? Better asked now than after a minute of loading.
+    # Does a kernel run there? Better asked now than after a minute of loading.
     try:
-        torch.empty(1, device=device).item()
+        torch.zeros(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device} cannot be used here ({reason})") from error
-
-    # What no state dict tells can be told; OpenAI's own models have it written down.
-    told = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
-    told = {name: value for name, value in told.items() if value is not None}
-    if told and (name_or_path == "toy" or clip_identity(name_or_path) in clip.available_models()):
-        raise ValueError(f"CLIP {name_or_path} has an activation and heads of its own: "
-                         f"{', '.join(told)} cannot be set")
-    notes = []
-    if name_or_path == "toy":
-        model = _build(_toy_state_dict())
-    elif name_or_path in clip.available_models():
-        model = _load_openai(name_or_path)
-    elif os.path.isfile(name_or_path):
-        model, notes = _load_file(name_or_path, told)
-    else:
-        known = ", ".join(["toy", *clip.available_models()])
-        raise FileNotFoundError(f"CLIP {name_or_path}: neither a file nor one of {known}")
-    model = model.to(device).eval().requires_grad_(False)
+        raise ValueError(f"device {device} cannot be used here ({reason}): see --device") from error
     if dtype is None:
-        dtype = torch.float16 if model.logit_scale.is_cuda else torch.float32
+        dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+
+    name = str(name_or_path)
+    if name.startswith(OTHER_CLIPS):
+        return _load_open_clip(name, device, dtype)
+    if name == "toy":
+        model = _openai_architecture(_toy_state_dict())
+    elif name in clip.available_models():
+        model = _load_openai(name)
+    elif os.path.isdir(name):
+        model = _load_huggingface(pathlib.Path(name))
+    elif os.path.isfile(name):
+        model = _load_file(name)
+    else:
+        near = difflib.get_close_matches(name.replace("-", "/"), clip.available_models(), 1, 0.7)
+        known = ["toy", *clip.available_models(), "open_clip:ARCHITECTURE:TAG"]
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        raise FileNotFoundError(f"CLIP {name} is no file, folder or known name; {hint}")
+    model = model.to(device).eval().requires_grad_(False)
     _set_precision(model, dtype)
-    model.notes = notes
     return model
+
+
+def preprocess_of(clip_model):
+    """How this CLIP reads pictures: size (H, W), mean, std, interpolation, resize_mode."""
+    if hasattr(clip_model, "preprocess"):
+        return clip_model.preprocess
+    return OPENAI_PREPROCESS | {"size": (clip_model.visual.input_resolution,) * 2}
 
 
 def clip_identity(name_or_path):
     """A short name that two CLIPs (or other files) share only if they are the same.
 
-    OpenAI's name, or the file's stem and the start of its SHA-256.
+    A name as it is; a file by its stem and the start of its SHA-256, a folder by its name and that
+    of its files.
     """
-    if not os.path.isfile(name_or_path):
+    kind, _, path = str(name_or_path).rpartition(":")
+    if os.path.isdir(path):
+        files = sorted(file for file in pathlib.Path(path).iterdir() if file.is_file())
+        digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+        return f"{pathlib.Path(path).resolve().name}-{digest[:8]}"
+    if not os.path.isfile(path):
         return str(name_or_path)
-    digest = sha256(name_or_path)
+    digest = sha256(path)
     openai = {url.split("/")[-2]: name for name, url in clip.clip._MODELS.items()}
-    return openai.get(digest, f"{pathlib.Path(name_or_path).stem}-{digest[:8]}")
+    own = openai.get(digest, f"{pathlib.Path(path).stem}-{digest[:8]}")
+    return f"{kind}:{own}" if kind else own
 
 
 def sha256(path):
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 
-def read_as_data(path, device="cpu"):
-    """`torch.load` as data, never code, after a look at the checksums.
+def read_as_data(file, device="cpu"):
+    """`torch.load` of a path or an open file as data, never code, after a look at the checksums.
 
     Raises FileNotFoundError, PermissionError, or ValueError for a damaged or foreign file.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
                 if archive.testzip():       # torch.load takes a flipped bit for another number
                     raise ValueError("its checksums differ")
-        return torch.load(path, map_location=device, weights_only=True)
-    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError):
+        if hasattr(file, "seek"):
+            file.seek(0)
+        return torch.load(file, map_location=device, weights_only=True)
+    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:              # unpicklers fail in many ways on damaged files
         foreign = re.search(r"GLOBAL (\S+)", str(error))
@@ -851,72 +891,37 @@ def _load_openai(name):
         target = pathlib.Path("~/.cache/clip").expanduser() / url.rsplit("/", 1)[1]
         reason = str(error) or type(error).__name__
         raise FileNotFoundError(
-            f"the weights of CLIP {name} could not be had ({reason}): put {url} at {target} "
+            f"the weights of CLIP {name} are missing ({reason}): put {url} at {target} "
             f"(SHA-256 {url.split('/')[-2]}), or name that file instead") from error
 
 
-def _load_file(path, told):
-    """Any CLIP's file -> (model in float32, notes). told: `_build`'s options.
-
-    Raises ValueError that says in one line what is wrong with the file.
-    """
+def _load_file(path):
+    """OpenAI's own file, or a state dict of the same architecture, in float32."""
+    if clip_identity(path) in clip.available_models():          # a TorchScript archive of theirs
+        return clip.load(path, device="cpu", jit=False)[0].float()
     try:
-        if _is_torchscript(path):
-            if clip_identity(path) not in clip.available_models():
-                raise ValueError("it is TorchScript, a program, and none of OpenAI's; where you "
-                                 "trust it, torch.jit.load it and save its state_dict()")
-            return clip.load(path, device="cpu", jit=False)[0].float(), []
-        model = _build(_openai_keys(_read_state_dict(path)), **told)
-    except (KeyError, ValueError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        reason = "".join(c if c.isprintable() else "?" for c in reason)     # keys are the file's
-        raise ValueError(f"{path} cannot be used as a CLIP: {reason}") from error
-
-    assumed = [told.get("activation", "quickgelu")]
-    towers = {"text": model.transformer, "vision": getattr(model.visual, "transformer", None)}
-    for what, tower in towers.items():
-        if tower is not None:
-            attention = tower.resblocks[0].attn
-            assumed.append(f"{attention.num_heads} {what} heads of width {attention.head_dim}")
-    return model, [f"{os.path.basename(path)} is not one of OpenAI's files; taken to have: "
-                   f"{', '.join(assumed)} (a state dict does not tell)"]
+        return _openai_architecture(read_as_data(path))
+    except (ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{path} holds no CLIP of OpenAI's architecture ({_short(error)}); other "
+                         "files: --clip open_clip:ARCHITECTURE:FILE, or a HuggingFace folder with "
+                         "its config.json") from error
 
 
-def _is_torchscript(path):
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
+def _short(error):
+    """An error in one line that fits beside other words."""
+    reason = " ".join((str(error) or type(error).__name__).split())
+    return reason if len(reason) < 160 else reason[:160] + " ..."
 
 
-def _read_state_dict(path):
-    """The tensors of a checkpoint, key -> tensor, read as data. ValueError says what else it is."""
-    # The first bytes tell what is no checkpoint at all, and what is safetensors.
-    with open(path, "rb") as file:
-        start = file.read(256)
-    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
-        raise ValueError("it is a web page that was saved under this name; download the file again")
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError("it only points to the weights; get them with: git lfs pull")
-    if start[8:9] == b"{" or str(path).endswith(".safetensors"):
-        try:
-            import safetensors.torch
-        except ImportError:
-            raise ValueError("it is a file of safetensors; to read it: "
-                             "pip install safetensors") from None
-        try:
-            content = safetensors.torch.load_file(path)
-        except Exception as error:              # safetensors raises a class of its own
-            raise ValueError("damaged, or not written by safetensors") from error
-    else:
-        content = read_as_data(path)
-    for _ in range(3):                          # as training scripts wrap it, in any order
-        for key in ("state_dict", "model_state_dict", "model"):
-            if isinstance(content, dict) and isinstance(content.get(key), dict):
-                content = content[key]
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, no state dict")
-    return {str(key): value for key, value in content.items() if torch.is_tensor(value)}
+def _openai_architecture(state):
+    """A `clip.model.CLIP` in float32 with the values of a state dict that has OpenAI's keys."""
+    told = ("input_resolution", "context_length", "vocab_size")
+    state = {key: value for key, value in state.items() if key not in told}
+    model = clip.model.build_model(dict(state)).float()     # has rounded them to float16,
+    model.load_state_dict(state)                            # so once more
+    if len(model.token_embedding.weight) != len(TOKENIZER.encoder):
+        raise ValueError("its token table has another vocabulary than CLIP's")
+    return model
 
 
 # HuggingFace's CLIPModel -> OpenAI's keys. (Its q, k, v are joined, its projections transposed.)
@@ -937,17 +942,48 @@ HUGGINGFACE = {
     ".mlp.fc1.": ".mlp.c_fc.",
     ".mlp.fc2.": ".mlp.c_proj.",
 }
+ACTIVATIONS = {"quick_gelu": clip.model.QuickGELU, "gelu": nn.GELU}
+
+
+def _load_huggingface(folder):
+    """HuggingFace's CLIPModel in a folder: config.json says what its weights do not."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        # What a config leaves out is as in the model that HuggingFace's defaults describe.
+        text = {"num_attention_heads": 8, "hidden_act": "quick_gelu"} | config["text_config"]
+        vision = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "image_size": 224,
+                  "patch_size": 32} | config["vision_config"]
+        if (folder / "model.safetensors").is_file():
+            import safetensors.torch
+            state = safetensors.torch.load_file(folder / "model.safetensors")
+        else:
+            state = read_as_data(folder / "pytorch_model.bin")
+        state = _openai_keys(state)
+        d_v, d = state["visual.proj"].shape
+        layers = {key.rpartition(".ln_1.weight")[0] for key in state if key.endswith("ln_1.weight")}
+        of_vision = sum(key.startswith("visual.") for key in layers)
+        tokens, d_t = state["token_embedding.weight"].shape
+        # OpenAI's class makes its vision heads 64 wide. So it gets a stub first, then the tower.
+        model = clip.model.CLIP(d, vision["image_size"], 1, 64, vision["patch_size"],
+                                len(state["positional_embedding"]), tokens, d_t,
+                                text["num_attention_heads"], len(layers) - of_vision)
+        model.visual = clip.model.VisionTransformer(
+            vision["image_size"], vision["patch_size"], d_v, of_vision,
+            vision["num_attention_heads"], d)
+        for tower, own in ((model.transformer, text), (model.visual.transformer, vision)):
+            for block in tower.resblocks:
+                block.mlp.gelu = ACTIVATIONS[own["hidden_act"]]()
+        model.load_state_dict(state)
+    except ImportError:
+        raise ValueError(f"{folder} has safetensors: pip install safetensors") from None
+    except (OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{folder} holds no CLIPModel of HuggingFace ({_short(error)})") from error
+    return model
 
 
 def _openai_keys(state):
-    """A state dict with OpenAI's keys: without `module.`, HuggingFace's names converted."""
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
-    for key in ("input_resolution", "context_length", "vocab_size", "logit_bias", "attn_mask"):
-        state.pop(key, None)
-    if "text_model.embeddings.token_embedding.weight" not in state:
-        return state
-
-    # HuggingFace's: first the names,
+    """The tensors of HuggingFace's CLIPModel under OpenAI's keys."""
+    # First the names,
     converted = {}
     for key, value in state.items():
         for theirs, ours in HUGGINGFACE.items():
@@ -963,105 +999,68 @@ def _openai_keys(state):
     return converted
 
 
-def _build(state, activation="quickgelu", vision_heads=None, text_heads=None):
-    """A `clip.model.CLIP` in float32 with the values of a state dict that has OpenAI's keys.
+TEXT_TOWER = ("token_embedding", "positional_embedding", "transformer", "ln_final",
+              "text_projection")
 
-    Raises KeyError for a key that is missing, ValueError for tensors or heads that make no CLIP.
-    """
-    # What kind of tensors are these?
-    if activation not in ("quickgelu", "gelu"):
-        raise ValueError(f"the activation is 'quickgelu' or 'gelu', not {activation!r}")
-    if any(value.numel() == 0 for value in state.values()):
-        raise ValueError("it has a tensor without any values")
+
+def _load_open_clip(name, device, dtype):
+    """A CLIP of open_clip's, whose text tower `encode_text` computes as open_clip does."""
     try:
-        sizes = _sizes(state)
-    except (IndexError, TypeError, ValueError) as error:
-        raise ValueError("its tensors do not have the shapes of a CLIP's") from error
-    if sizes["vocab_size"] != len(TOKENIZER.encoder):
-        raise ValueError("its token table has another vocabulary than CLIP's")
-    sizes["transformer_heads"] = _heads("text", sizes["transformer_width"], text_heads)
-
-    if sizes["vision_patch_size"] is None:                          # a ResNet
-        if vision_heads is not None:
-            raise ValueError("its image tower is a ResNet: vision_heads cannot be set")
-        model = clip.model.CLIP(**sizes)
-        towers = {"transformer": model.transformer}
-    else:
-        # clip.model.CLIP makes its vision heads 64 wide. So it gets a stub first, then the tower.
-        vision_heads = _heads("vision", sizes["vision_width"], vision_heads)
-        model = clip.model.CLIP(**sizes | {"vision_width": 64, "vision_layers": 0})
-        model.visual = clip.model.VisionTransformer(
-            sizes["image_resolution"], sizes["vision_patch_size"], sizes["vision_width"],
-            sizes["vision_layers"], vision_heads, sizes["embed_dim"])
-        towers = {"transformer": model.transformer, "visual.transformer": model.visual.transformer}
-
-    # Where a tower's MLP is not OpenAI's: its width (ViT-g, -bigG), its activation.
-    for name, tower in towers.items():
-        hidden = len(state[f"{name}.resblocks.0.mlp.c_fc.weight"])
-        for block in tower.resblocks:
-            if hidden != 4 * tower.width:
-                block.mlp.c_fc = nn.Linear(tower.width, hidden)
-                block.mlp.c_proj = nn.Linear(hidden, tower.width)
-            if activation == "gelu":
-                block.mlp.gelu = nn.GELU()
-
-    _check_keys(state, model.state_dict())
-    model.load_state_dict(state)
-    return model.float()
+        import open_clip
+    except ImportError:
+        raise ValueError(f"{name} needs open_clip: pip install open_clip_torch") from None
+    architecture, pretrained, quick_gelu = name, None, False
+    if name.startswith("open_clip:"):
+        architecture, _, pretrained = name.removeprefix("open_clip:").partition(":")
+        if not pretrained:
+            raise ValueError(f"{name} must be open_clip:ARCHITECTURE:TAG, or :FILE")
+        # Some tags need this, and open_clip merely warns.
+        tag = open_clip.get_pretrained_cfg(architecture, pretrained)
+        quick_gelu = bool(tag.get("quick_gelu"))
+    precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    try:
+        model = open_clip.create_model(architecture, pretrained, precision=precision,
+                                       device=device, force_quick_gelu=quick_gelu)
+        text = getattr(model, "text", model)
+        for part in TEXT_TOWER:             # under the names that OpenAI's have
+            setattr(model, part, getattr(text, part))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:              # of any of the libraries that it loads with
+        raise ValueError(f"open_clip gives no CLIP for {name} ({_short(error)})") from error
+    model.eval().requires_grad_(False)
+    model.dtype = dtype
+    model.preprocess = open_clip.get_model_preprocess_cfg(model)
+    if isinstance(model.preprocess["size"], int):
+        model.preprocess["size"] = (model.preprocess["size"],) * 2
+    model.plain_vit = False                 # until an image says so
+    _check_towers(model, name)
+    return model
 
 
-def _check_keys(state, expected):
-    missing = sorted(expected.keys() - state.keys())
-    if missing:
-        raise ValueError(f"it lacks {len(missing)} of a CLIP's tensors, e.g. {missing[0]}")
-    unknown = sorted(state.keys() - expected.keys())
-    if unknown:
-        raise ValueError(f"it has {len(unknown)} tensors that no CLIP has, e.g. {unknown[0]}")
-    for key, value in state.items():
-        if value.shape != expected[key].shape:
-            raise ValueError(f"its {key} is {tuple(value.shape)}, not {tuple(expected[key].shape)}")
+@torch.no_grad()
+def _check_towers(model, name):
+    """Is what this module writes out what the model computes? ValueError for a text tower's no.
 
+    Sets `plain_vit`: may `encode_image` do the same with its image tower, and MaPLe prompt it?
+    """
+    def differ(ours, theirs):
+        return float((ours - theirs).float().abs().max() / theirs.float().abs().max())
 
-def _sizes(state):
-    """The arguments of `clip.model.CLIP`, but for the heads, read off the shapes of its tensors."""
-    def blocks(tower):
-        names = (f"{tower}.resblocks.{i}.ln_1.weight" for i in itertools.count())
-        n = next(i for i, name in enumerate(names) if name not in state)
-        if n == 0:
-            raise ValueError(f"{tower} has no blocks")
-        return n
-
-    sizes = {"embed_dim": state["text_projection"].shape[1],
-             "context_length": len(state["positional_embedding"]),
-             "vocab_size": len(state["token_embedding.weight"]),
-             "transformer_width": len(state["ln_final.weight"]),
-             "transformer_layers": blocks("transformer")}
-    if "visual.layer1.0.conv1.weight" in state:                     # a ResNet: 4 stages of blocks
-        sizes["vision_width"] = len(state["visual.layer1.0.conv1.weight"])
-        sizes["vision_patch_size"] = None
-        stages = [{key.split(".")[2] for key in state if key.startswith(f"visual.layer{i}.")}
-                  for i in (1, 2, 3, 4)]
-        sizes["vision_layers"] = tuple(len(stage) for stage in stages)
-        positions, patch = state["visual.attnpool.positional_embedding"], 32
-    else:
-        sizes["vision_width"], _, patch, _ = state["visual.conv1.weight"].shape
-        sizes["vision_patch_size"] = patch
-        sizes["vision_layers"] = blocks("visual.transformer")
-        positions = state["visual.positional_embedding"]
-    # One position a patch, and one for the whole image.
-    sizes["image_resolution"] = patch * round((len(positions) - 1) ** 0.5)
-    return sizes
-
-
-def _heads(what, width, heads):
-    """The attention heads of a tower: as told, or one for 64 channels. Raises ValueError."""
-    if heads is None and what == "vision" and width in HEADS_NOT_64_WIDE:
-        raise ValueError(f"an image tower {width} wide has heads that are not 64 wide "
-                         f"({HEADS_NOT_64_WIDE[width]} heads in OpenCLIP's): tell its vision_heads")
-    if heads is None and width > 64 and width % 64:
-        raise ValueError(f"its {what} tower is {width} wide, no multiple of 64: "
-                         f"tell its {what}_heads")
-    heads = heads or max(1, width // 64)
-    if width % heads:
-        raise ValueError(f"{heads} {what} heads do not divide a tower {width} wide")
-    return heads
+    allowed = 1e-3 if model.dtype == torch.float32 else 5e-2
+    sentence = "a photo of a cat."
+    device = model.logit_scale.device
+    try:
+        ids = clip.tokenize(sentence, len(model.positional_embedding)).to(device)
+        theirs = model.encode_text(ids)
+        off = differ(encode_sentences(model, [sentence]), theirs)
+    except (RuntimeError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{name} has another text tower than CLIP's ({_short(error)})") from error
+    if not off < allowed:
+        raise ValueError(f"{name} has another text tower than CLIP's: computed as CLIP's, a "
+                         f"sentence's feature is off by {off:.1%}")
+    image = torch.rand(1, 3, *model.preprocess["size"], device=device)
+    try:
+        model.plain_vit = differ(_encode_vit(model, image), encode_image(model, image)) < allowed
+    except (RuntimeError, AttributeError, TypeError):
+        model.plain_vit = False
