@@ -94,34 +94,20 @@ def load_anchor(path):
     try:
         with torch.serialization.safe_globals(RELEASED_GLOBALS):
             content = read_as_data(path)
-    except ValueError as error:
-        raise ValueError(f"{path} could not be read as an anchor file, and nothing in it was run: "
-                         f"{error}") from error
-
-    parts, settings = [], {}
-    if isinstance(content, dict) and "anchor_tokens" in content:
-        parts, settings = [content["anchor_tokens"]], content.get("settings", {})
-    elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        found = {key: value for key, value in content["state_dict"].items()
-                 if str(key).startswith("anchor_ctx")}
-        in_order = sorted(found, key=lambda key: (len(key), key))           # _2 before _10
-        parts = [found[key] for key in in_order]
-    if not parts or not all(_is_tokens(part) for part in parts):
-        raise ValueError(f"{path} holds no anchor tokens (N, d_t) of finite numbers")
-    if len({part.shape[1] for part in parts}) > 1:
-        raise ValueError(f"{path} holds anchor tokens of different widths")
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds anchor tokens, but its settings are no dict")
-    return torch.cat(parts).float(), settings
-
-
-def _is_tokens(part):
-    """Is this a (n, d_t) of finite numbers, in memory?"""
-    if not torch.is_tensor(part) or part.layout != torch.strided or part.device.type != "cpu":
-        return False
-    if part.dim() != 2 or part.numel() == 0 or not part.is_floating_point():
-        return False
-    return bool(part.isfinite().all())
+        # Ours: one tensor and its settings. Theirs: a prompt learner's state, a key for each token.
+        if "anchor_tokens" in content:
+            parts, settings = [content["anchor_tokens"]], dict(content["settings"])
+        else:
+            state, settings = content["state_dict"], {}
+            keys = [key for key in state if key.startswith("anchor_ctx")]
+            parts = [state[key] for key in sorted(keys, key=lambda key: (len(key), key))]
+        tokens = torch.cat(parts).float()                                   # (N, d_t)
+        if tokens.dim() != 2 or not len(tokens) or not tokens.isfinite().all():
+            raise ValueError("it holds no anchor tokens (N, d_t) of finite numbers")
+        return tokens, settings
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is no anchor file that can be read ({error}); nothing in it was "
+                         "run") from error
 
 
 class Inert:

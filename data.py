@@ -168,6 +168,7 @@ def load_dataset(name, root=None):
     unknown name or a file with the wrong content, and FileNotFoundError for what is missing; both
     say in one line what is wrong, where, and where to get it.
     """
+    # A folder of one's own, an unknown name, or one of the fifteen?
     name = os.fspath(name)
     known = NAMES.get(squashed(name))
     if os.sep in name or "/" in name or (known is None and os.path.isdir(name)):
@@ -183,6 +184,7 @@ def load_dataset(name, root=None):
         advice = (f"give --root or set DATA to the folder of {row.folder}/; images come from "
                   f"{row.source}, split files and layout from {GUIDE}")
         read = functools.partial(READERS[row.kind], row)
+    # The readers raise what is wrong and where; what to do about it is added here, once.
     try:
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"{folder} is missing")
@@ -196,10 +198,13 @@ def completed(dataset, name, folder):
 
     Raises ValueError where a class has no image to learn or test on, or there is one class alone.
     """
+    # Names as CLIP reads them, and pictures as they are to be turned.
     own = name not in DATASETS
     class_names = [read_name(each, own) for each in dataset.class_names]
-    parts = [[item._replace(upright=own) for item in items]
-             for items in (dataset.train, dataset.val, dataset.test)]
+    parts = []
+    for items in (dataset.train, dataset.val, dataset.test):
+        parts.append([item._replace(upright=own) for item in items])
+    # A class without images would shift what accuracy means.
     for items in (parts[0], parts[2]):
         absent = set(range(len(class_names))) - {item.label for item in items}
         if len(class_names) < 2 or (items and absent):
@@ -207,6 +212,7 @@ def completed(dataset, name, folder):
                              f"test on each, and has none of "
                              f"{', '.join(class_names[label] for label in sorted(absent)) or 2}")
 
+    # What a reader of the figures must know. Any of it: they do not compare with published ones.
     notes = list(dataset.notes)
     if own:
         notes += ["a dataset of one's own: its figures compare with nobody's", *left_out(dataset)]
@@ -221,7 +227,8 @@ def completed(dataset, name, folder):
         if len(same) > 1 and not name.startswith("imagenet"):       # ImageNet's pairs are known
             notes.append(f"{len(same)} classes have one name for CLIP, {same[0]!r}: only the first "
                          "of them can be right")
-    return Dataset(class_names, *parts, [f"{name}: {note}" for note in notes], name, folder)
+    notes = [f"{name}: {note}" for note in notes]
+    return Dataset(class_names, *parts, notes, name, folder)
 
 
 def read_name(name, own=True):
@@ -283,6 +290,7 @@ def read_json_split(row, folder):
     file = os.path.join(folder, row.split)
     if os.path.isfile(file):
         return read_split_file(file, [images], folder)
+    # Where the field has a recipe for the split and the file is nowhere, the recipe; else no guess.
     error = missing(f"{file} is missing", file, folder)
     if not row.own_split or "lies at" in str(error):
         raise error
@@ -301,17 +309,19 @@ def read_split_file(file, places, folder):
     split = read_json_object(file)
     names = names_of_split(split, file)
 
-    # Some were written on Windows.
-    paths = {part: [row[0].replace("\\", "/") for row in split[part]] for part in SPLIT}
+    # A few paths tell which of the places it is.
     images = places[-1]
     for place in reversed(places):
-        if any(os.path.exists(os.path.join(place, path)) for path in paths["train"][:20]):
+        if any(os.path.exists(os.path.join(place, path)) for path, _, _ in split["train"][:20]):
             images = place
-    parts = {part: [] for part in SPLIT}
+    parts, sources = {}, []
     for part in SPLIT:
-        for path, (_, label, _) in zip(paths[part], split[part]):
-            parts[part].append(Item(os.path.join(images, path), label))
-    check_images([item.source for part in SPLIT for item in parts[part]], file, folder)
+        parts[part] = []
+        for path, label, _ in split[part]:
+            source = os.path.join(images, path.replace("\\", "/"))      # some are from Windows
+            parts[part].append(Item(source, label))
+            sources.append(source)
+    check_images(sources, file, folder)
     return Dataset([names[label] for label in range(len(names))], **parts)
 
 
@@ -341,6 +351,7 @@ def split_folders(images, leave_out=()):
     Classes are sorted by folder, their sorted images shuffled with `random.Random(1)`: one split
     for all seeds, as a split file is one. Returns the class folders' names and a Dataset.
     """
+    # One stream for all classes, in their order: the field's recipe, to the pick.
     rng = random.Random(1)
     class_folders = [name for name in subfolders(images) if name not in leave_out]
     if not class_folders:
@@ -352,6 +363,7 @@ def split_folders(images, leave_out=()):
         if len(items) < 4:
             raise ValueError(f"{folder}: {len(items)} images are too few to split into train, val "
                              "and test (at least 4)")
+        # 50, 20 and 30 %, rounded.
         rng.shuffle(items)
         n_train = round(0.5 * len(items))
         n_val = round(0.2 * len(items))
@@ -385,7 +397,7 @@ def read_imagenet(row, folder):
     """images/{train,val}/<wnid>/; label = place among classnames.txt's sorted wnids; test = val."""
     images = images_folder(row, folder)
     names, notes = read_classnames(row, folder)
-    wnids = sorted(names)
+    wnids = sorted(names)                   # the file's own order says nothing
     train = read_class_folders(os.path.join(images, "train"), wnids, names, folder)
     test = read_class_folders(os.path.join(images, "val"), wnids, names, folder)
     return Dataset([names[wnid] for wnid in wnids], train, [], test, notes)
@@ -446,6 +458,7 @@ def read_class_folders(images, class_folders, names, folder):
     No class may be missing, nor a folder unknown: labels would shift. names: class folder -> class
     name, of all that there are. folder: the dataset's.
     """
+    # Every class has its folder, and every folder its class.
     present = subfolders(images)
     absent = [name for name in class_folders if name not in present]
     if absent:
@@ -455,8 +468,10 @@ def read_class_folders(images, class_folders, names, folder):
     unknown = [name for name in present if name not in names]
     if unknown:
         raise ValueError(f"{images}: {unknown[0]} is the folder of no known class")
-    return [Item(path, label) for label, name in enumerate(class_folders)
-            for path in image_files(os.path.join(images, name))]
+    items = []
+    for label, name in enumerate(class_folders):
+        items += [Item(path, label) for path in image_files(os.path.join(images, name))]
+    return items
 
 
 OWN_LAYOUT = ("a dataset of your own is a folder per class; or train/ and test/ (and val/) with a "
@@ -545,8 +560,8 @@ def image_files(folder, deep=False):
 
     deep: those in its subfolders as well. FileNotFoundError where there are none.
     """
-    found = sorted(path for path in pathlib.Path(folder).glob("**/*" if deep else "*")
-                   if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+    found = sorted(path for path in pathlib.Path(folder).glob("**/[!.]*" if deep else "[!.]*")
+                   if path.suffix.lower() in EXTENSIONS)
     if not found:
         raise FileNotFoundError(f"folder {folder} holds no images")
     return [str(path) for path in found]
@@ -557,6 +572,7 @@ def check_images(paths, file, folder):
 
     One listing a folder: asking for each file is slow over a network. folder: the dataset's.
     """
+    # folder -> the names in it; a path is there if its folder lists it.
     listings, absent = {}, []
     for path in paths:
         place, name = os.path.split(path)
@@ -607,6 +623,7 @@ def few_shot(train, val, shots=16, seed=1):
     """
     if shots < 1:
         raise ValueError(f"shots must be at least 1, not {shots}")
+    # Train first, then val, from one stream; labels in the order of their first appearance.
     rng = random.Random(seed)                               # the stream of random.seed(seed)
     picked_train, picked_val = [], []
     for items, n, picked in ((train, shots, picked_train), (val, min(shots, 4), picked_val)):
@@ -646,6 +663,7 @@ def few_shot_task(dataset, classes="base", shots=16, seed=1):
     classes: "base", to learn on the first half; or "all", where none are novel. Raises ValueError
     for shots < 1, and where one side would have one class alone.
     """
+    # Which classes are learnt on, and which are novel?
     names = dataset.class_names
     base, novel = list(range(len(names))), []
     if classes == "base":
@@ -653,6 +671,7 @@ def few_shot_task(dataset, classes="base", shots=16, seed=1):
         if len(novel) < 2:
             raise ValueError(f"{dataset.name} has {len(names)} classes, and one side of base and "
                              "novel would have one alone, which is no choice: --classes all")
+    # The picks are drawn over all classes, as CoOp draws them; then the base classes' are kept.
     picked, _ = few_shot(dataset.train, dataset.val, shots, seed)
     train = take(picked, base)
     notes = list(dataset.notes)
@@ -672,6 +691,7 @@ def digests(dataset, task):
 
     An image counts by its path below the dataset's folder and its label.
     """
+    # Paths below the folder: a dataset may be moved as a whole.
     images = []
     for items in (task.train, task.test_base, task.test_novel):
         rows = []
@@ -732,6 +752,7 @@ def load_descriptions(path, class_names, max_descriptions=10):
     """
     found = read_json_object(path)
     keys = group_by(words, found)
+    # All classes are gone through before anything is raised: one run names all that is wrong.
     chosen, wrong = {}, []
     for name in dict.fromkeys(class_names):
         own = keys.get(words(name)) or keys.get(words(CUPL_NAMES.get(name, "-"))) or []
@@ -769,6 +790,7 @@ def train_transform(preprocess):
 
     preprocess: see `prompts.preprocess_of`.
     """
+    # As in the field's training code: 8 to 100 % of the picture, then a flip for every other.
     how = transforms.InterpolationMode(preprocess["interpolation"])
     crop = transforms.RandomResizedCrop(preprocess["size"], scale=(0.08, 1.0), interpolation=how)
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
@@ -868,6 +890,7 @@ class Images(torch.utils.data.Dataset):
         image = load_image(item.source, item.upright)
         if self.seed is None:
             return self.transform(image), item.label
+        # One number from three, well mixed: seeds, epochs and items side by side are not alike.
         mixed = int(np.random.SeedSequence((self.seed, epoch, i)).generate_state(1)[0])
         # torchvision's transforms draw from the global generator; torch.manual_seed would reseed
         # CUDA's as well.
@@ -886,6 +909,7 @@ def loader(images, epochs=(0,), batch_size=ENCODE_BATCH, workers=0):
     they read on into the next epoch while the steps of this one run. To go through once. No batch
     spans two epochs. Going through it raises BadImage.
     """
+    # A generator: DataLoader draws from it as its workers become free.
     n = len(images)
     batches = ([(epoch, i) for i in range(start, min(start + batch_size, n))]
                for epoch in epochs for start in range(0, n, batch_size))
@@ -905,6 +929,7 @@ def epoch_features(images, epochs, encode, kept=None, keep_crops=False, workers=
     read, and its images are opened for their crops alone. keep_crops: whether the crops are needed
     (MaPLe). Raises BadImage.
     """
+    # Which epochs' images must be opened? One loader for them all, from which each takes its own.
     to_load = [epoch for epoch in epochs if keep_crops or kept is None or not kept.has(epoch)]
     if to_load:
         batches = iter(loader(images, to_load, workers=workers))
@@ -918,6 +943,7 @@ def epoch_features(images, epochs, encode, kept=None, keep_crops=False, workers=
         total = math.ceil(len(images) / ENCODE_BATCH)
         bar = tqdm(own, total=total, desc="images", leave=False, disable=None if own else True)
 
+        # The frozen tower, in large batches; its crops are kept only where the method prompts it.
         crops, new = [], []
         for crop, _ in bar:
             if keep_crops:
@@ -929,7 +955,8 @@ def epoch_features(images, epochs, encode, kept=None, keep_crops=False, workers=
             f = torch.cat(new)
             if kept is not None:
                 kept.write(epoch, f)
-        yield None if f is None else f.float(), torch.cat(crops) if crops else None
+        f = f if f is None else f.float()
+        yield f, torch.cat(crops) if crops else None
 
 
 class KeptFeatures:
@@ -944,6 +971,7 @@ class KeptFeatures:
     def __init__(self, folder, what, images):
         self.folder = pathlib.Path(folder)
         self.n = len(images)
+        # A picture that was changed in place has another size or time.
         rows = []
         for item in images.items:
             stat = os.stat(item.source)
@@ -1121,6 +1149,7 @@ def describe(args):
         raise ValueError("set OPENAI_API_KEY, or give --base-url of a server that needs no key")
     client = openai.OpenAI(api_key=key or "none", base_url=args.base_url, timeout=120)
 
+    # Which classes does the file lack?
     dataset = load_dataset(args.dataset, args.root)
     output = args.output or f"descriptions-{dataset.name}.json"
     found = read_json_object(output) if os.path.isfile(output) else {}
@@ -1128,6 +1157,7 @@ def describe(args):
     every = list(dict.fromkeys(dataset.class_names))
     wanted = [name for name in every if words(name) not in done]
     for name in tqdm(wanted, desc=f"describing {dataset.name}", unit="class"):
+        # The paper's question, and a word on the answer's form that names what it must differ from.
         form = FORM.format(n=args.per_class, neighbours=", ".join(neighbours(name, every)))
         sentences = []
         for _ in range(3):                                  # a model may give fewer than asked for

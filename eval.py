@@ -80,7 +80,7 @@ def evaluate(learner, batches, f_anc=None, known=True):
     Raises ValueError for no images, and for logits that are not finite.
     """
     training = learner.training
-    learner.eval()
+    learner.eval()                          # so W is the arg-max, without noise
     logits, labels = {}, []
     for f, x, y in batches:
         for reading, of_batch in infer(learner, f, x, f_anc, known).items():
@@ -89,6 +89,7 @@ def evaluate(learner, batches, f_anc=None, known=True):
     learner.train(training)
     if not labels:
         raise ValueError("accuracy of no images")
+    # Accuracy over all images at once: a mean of batches would weigh the last one too much.
     labels = torch.cat(labels)
     scores = {}
     for reading, parts in logits.items():
@@ -134,6 +135,7 @@ def test_batches(run, learner, items, f_anc):
     elif learner.prompts_per_image or (matrix is not None and matrix.test_position == "sample"):
         batch_size = run.args.test_batch or 100
 
+    # f of the frozen tower, for all methods that read it; crops for MaPLe, which prompts the tower.
     preprocess = preprocess_of(clip_model)
     f = crops = None
     if f_anc is not None or not learner.needs_images:
@@ -168,6 +170,7 @@ def load_prompt(path):
     And `digest`, of what was read. Raises FileNotFoundError, or ValueError for a file that is
     damaged or something else.
     """
+    # Read once: the digest is of what is used, whatever lies there a minute later.
     content = pathlib.Path(path).read_bytes()
     try:
         saved = read_as_data(io.BytesIO(content))
@@ -187,6 +190,7 @@ def load_learner(path, saved, clip_model, class_chunk=0):
 
     saved: from `load_prompt(path)`. Raises ValueError where state, settings and CLIP do not fit.
     """
+    # A fresh learner of the same settings, then its learnt values.
     settings = saved["settings"] | {"class_chunk": class_chunk}
     try:
         anchor_tokens = saved["state"].get("template.anchor_tokens")
@@ -226,6 +230,7 @@ def load_clip_of(path, settings, args):
         raise ValueError(f"{path} was trained with CLIP {settings['clip']}, but --clip is "
                          f"{clip_identity(args.clip)}; give the one it was trained with (none is "
                          "needed for a CLIP that has a name)")
+    # Its own precision where it was asked for, else this machine's.
     if settings["dtype"] == "default":
         settings = settings | {"dtype": args.dtype or "default"}
     try:
@@ -260,10 +265,12 @@ class Classifier:
         A name that comes twice counts once. Raises ValueError for what CLIP cannot read.
         """
         # The names of the field's own datasets are known as they are.
-        names = [name if name in self.learnt_on else data.read_name(name) for name in class_names]
+        names = {}
+        for name in class_names:
+            names[name if name in self.learnt_on else data.read_name(name)] = None
         if not names:
             raise ValueError("no class names: there is nothing to choose from")
-        return self.bind(list(dict.fromkeys(names)))
+        return self.bind(list(names))
 
     @torch.no_grad()
     def bind(self, names):
@@ -282,8 +289,9 @@ class Classifier:
         """q(c | x), Eq. 1, by the inference rule: (n, C). pictures: n paths, or crops of `crop`."""
         q = [torch.zeros(0, len(self.class_names), device=self.device)]
         for start in range(0, len(pictures), batch_size):
-            crops = [picture if torch.is_tensor(picture) else self.crop(picture)
-                     for picture in pictures[start:start + batch_size]]
+            crops = []
+            for picture in pictures[start:start + batch_size]:
+                crops.append(picture if torch.is_tensor(picture) else self.crop(picture))
             crops = torch.stack(crops)                                          # (B, 3, R, R)
             x = data.normalize(crops, self.preprocess, self.device)
             f = self.encode(crops).float()                                      # (B, d)
@@ -327,6 +335,7 @@ def classify_pictures(args):
 
     A picture that cannot be read is named, and the others are answered. Returns the exit code.
     """
+    # The pictures, the run, the classes to choose from.
     pictures = []
     for path in args.images:
         pictures += data.image_files(path, deep=True) if os.path.isdir(path) else [path]
@@ -337,6 +346,7 @@ def classify_pictures(args):
     print_names(classifier.class_names)
     print(f"the {'ensemble with the anchor' if ensemble else 'normal'} prompt answers")
 
+    # Batch by batch: what is answered is printed, whatever comes after it.
     rows, read = [], 0
     batch_size = args.test_batch or 100
     for start in range(0, len(pictures), batch_size):
@@ -348,12 +358,13 @@ def classify_pictures(args):
                 stage1.complain("eval.py", str(error))
         read += len(crops)
         for picture, q in zip(crops, classifier.probabilities(list(crops.values()), batch_size)):
-            answer = q.sort(descending=True)
-            best = [(classifier.class_names[i], answer.values[rank].item())
-                    for rank, i in enumerate(answer.indices[:args.top or 5].tolist())]
-            say(f"{picture}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in best))
-            rows += [{"image": picture, "rank": rank, "class": name, "probability": f"{p:.6f}"}
-                     for rank, (name, p) in enumerate(best, 1)]
+            best = []
+            for i in q.argsort(descending=True)[:args.top or 5].tolist():
+                name, p = classifier.class_names[i], q[i].item()
+                best.append(f"{name} {100 * p:.1f} %")
+                rows.append({"image": picture, "rank": len(best), "class": name,
+                             "probability": f"{p:.6f}"})
+            say(f"{picture}: {', '.join(best)}")
     if args.csv and rows:
         data.save_csv(args.csv, rows)
     return int(read < len(pictures))
@@ -406,9 +417,11 @@ def evaluate_run(file, saved, dataset, clip_model, args):
     file, saved: see `load_prompt`.
     """
     settings = saved["settings"]
+    # Sec. 3.2.2: are these the classes that it has learnt on?
     known = dataset.class_names == saved["class_names"]
     if settings["dataset"] == "imagenet" and dataset.name in VARIANTS:
         known = True
+    # What was noted of the run holds of its evaluations.
     notes, comparable = [], True
     if file.with_name("results.json").exists():
         of_run = read_result(file.with_name("results.json"))
@@ -436,6 +449,7 @@ def read_result(path):
     `dataset` is what it was tested on; base and novel are a dict reading -> percent each, or novel
     is None: then base is of all classes.
     """
+    # We wrote it whole: what does not read is damaged.
     path = pathlib.Path(path)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -452,7 +466,7 @@ def read_result(path):
 
 
 def load_results(paths, transfers=False):
-    """All results.json under these files and folders; transfers: and eval-*.json. Sorted by path."""
+    """All results.json under these files and folders; transfers: and eval-*.json."""
     found = {}
     for path in map(pathlib.Path, paths):
         if not path.exists():
@@ -493,8 +507,9 @@ def means(seeds, reading):
 
 
 def listed_seeds(seeds):
-    numbers = ", ".join(str(number) for number in sorted(seed["seed"] for seed in seeds))
-    return f"seed{'s' if len(seeds) > 1 else ''} {numbers}"
+    numbers = sorted(seed["seed"] for seed in seeds)
+    many = "s" if len(seeds) > 1 else ""
+    return f"seed{many} {', '.join(map(str, numbers))}"
 
 
 TOY_WARNING = ("These are figures of the toy world: they check the machinery and are no evidence "
@@ -503,6 +518,7 @@ TOY_WARNING = ("These are figures of the toy world: they check the machinery and
 
 def print_results(results):
     """Table S1's rows for every run: the mean and, for several seeds, the deviation over them."""
+    # A block a run, a line a reading, a column a measure.
     for (dataset, run, *_), seeds in data.group_by(run_key, results).items():
         rows = []
         for reading in seeds[0]["base"]:
@@ -519,23 +535,23 @@ def print_results(results):
         say(f"{dataset}, {run}, {listed_seeds(seeds)}")
         say("")
         print_markdown([name.replace("hm", "HM") for name in header], rows)
-    print_notes([(note, f"{result['dataset']}, {result['run']}")
-                 for result in results for note in result["notes"]])
+    notes = []
+    for result in results:
+        notes += [(note, f"{result['dataset']}, {result['run']}") for note in result["notes"]]
+    print_notes(notes)
     if any("toy" in (result["dataset"], result["settings"]["dataset"]) for result in results):
         print(f"\n{TOY_WARNING}")
 
 
 def print_markdown(header, rows):
     """A table of Markdown: the first column to the left, the others to the right, "-" for none."""
-    rows = [[printable(cell) or "-" for cell in row] for row in rows]
-    widths = [max(5, *map(len, column)) for column in zip(header, *rows)]
-    rule = [f":{'-' * (widths[0] + 1)}", *(f"{'-' * (width + 1)}:" for width in widths[1:])]
-    lines = []
-    for row in (header, *rows):
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        lines.append(f"| {' | '.join(cells)} |")
-    print("\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]]))
+    rows = [header, *([printable(cell) or "-" for cell in row] for row in rows)]
+    first = max(len(row[0]) for row in rows)
+    other = max(len(cell) for row in rows for cell in row[1:])
+    for i, row in enumerate(rows):
+        print(f"| {row[0]:{first}} | {' | '.join(cell.rjust(other) for cell in row[1:])} |")
+        if i == 0:
+            print("|:" + "-" * (first + 1) + "|" + ("-" * (other + 1) + ":|") * (len(row) - 1))
 
 
 def print_notes(notes):
@@ -584,20 +600,24 @@ class Table(NamedTuple):
 
 
 AVERAGE = (*ELEVEN, "average")
-TABLES = {"1": Table("base to novel classes", ELEVEN, AVERAGE),
-          "2": Table("from ImageNet to ten other datasets", ELEVEN, AVERAGE, "imagenet"),
-          "3": Table("one stage and two", ELEVEN, ("average",)),
-          "4": Table("from ImageNet to its variants", ("imagenet", *VARIANTS),
-                     ("imagenet", *VARIANTS, "average"), "imagenet"),
-          "5": Table("the normal prompt alone", ELEVEN, ("average",)),
-          "6": Table("prepositions"), "7": Table("anchor length N"),
-          "8": Table("where the anchor stands"), "9": Table("distillation"),
-          "S1": Table("each prompt of CoOp + AnchorOPT", ELEVEN, AVERAGE),
-          "S2": Table("prepositions, and none"), "S3": Table("temperature of Eq. 7")}
+TABLES = {
+    "1": Table("base to novel classes", ELEVEN, AVERAGE),
+    "2": Table("from ImageNet to ten other datasets", ELEVEN, AVERAGE, "imagenet"),
+    "3": Table("one stage and two", ELEVEN, ("average",)),
+    "4": Table("from ImageNet to its variants", ("imagenet", *VARIANTS),
+               ("imagenet", *VARIANTS, "average"), "imagenet"),
+    "5": Table("the normal prompt alone", ELEVEN, ("average",)),
+    "6": Table("prepositions"),
+    "7": Table("anchor length N"),
+    "8": Table("where the anchor stands"),
+    "9": Table("distillation"),
+    "S1": Table("each prompt of CoOp + AnchorOPT", ELEVEN, AVERAGE),
+    "S2": Table("prepositions, and none"),
+    "S3": Table("temperature of Eq. 7")}
 
 
 def read_rows(name, number):
-    """The rows (dicts of str) of a table in assets/: paper_tables.csv, as printed; table_rows.csv."""
+    """A table's rows (dicts of str) in assets/: in paper_tables.csv the printed ones."""
     with open(os.path.join(data.ASSETS, name), newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if row["table"] == number]
 
@@ -627,99 +647,123 @@ def fill(table, row, results):
     """
     cells = {}
     for dataset in table.datasets:
+        # Tables 2 and 4: learnt on the source, tested here. Elsewhere both are one dataset.
         wanted, _ = settings_of(row, table.source or dataset)
-        fits = [result for result in results if result["dataset"] == dataset and
-                {**result["settings"], **{key: wanted[key] for key in MACHINE if key in wanted}}
-                == wanted]
-        exact = [result for result in fits if result["settings"] == wanted]
-        runs = data.group_by(run_key, exact or fits)
+        here = [result for result in results if result["dataset"] == dataset]
+        runs = data.group_by(run_key, of_settings(here, wanted))
         if len(runs) > 1:
             raise ValueError(f"{' and '.join(key[2] for key in runs)} both fit {row['label']} on "
                              f"{dataset}: name the one that is meant, not the folder of both")
         for seeds in runs.values():
-            own = seeds[0]["settings"]
-            notes = [f"run with {key} {own[key]}" for key in MACHINE
-                     if key in own and own[key] != wanted[key]]
-            notes += [note for seed in seeds for note in seed["notes"]]
-            comparable = own["clip"] == wanted["clip"] and all(s["comparable"] for s in seeds)
-            cells[dataset] = Cell(means(seeds, row["reading"]), listed_seeds(seeds), comparable,
-                                  tuple(notes), seeds[0]["run"])
-
-    # The average, of which HM is that of the averages, as in the paper.
+            cells[dataset] = cell_of(seeds, row["reading"], wanted)
     targets = [name for name in table.datasets if name not in (table.source, "toy")]
     present = [cells[name] for name in targets if name in cells]
     if present:
-        values = {measure: statistics.fmean(cell.values[measure] for cell in present)
-                  for measure in present[0].values}
-        if "hm" in values:
-            values["hm"] = harmonic_mean(values["base"], values["novel"])
-        comparable = len(present) == len(targets) and all(cell.comparable for cell in present)
-        cells["average"] = Cell(values, f"{len(present)} of {len(targets)} datasets", comparable)
+        cells["average"] = average(present, len(targets))
     return cells
+
+
+def of_settings(results, wanted):
+    """The results of runs with these settings: to the letter, or else whatever MACHINE's are."""
+    fits = []
+    for result in results:
+        machine = {key: wanted[key] for key in MACHINE if key in wanted}
+        if result["settings"] | machine == wanted:
+            fits.append(result)
+    exact = [result for result in fits if result["settings"] == wanted]
+    return exact or fits
+
+
+def cell_of(seeds, reading, wanted):
+    """The mean over the seeds of a run, and what sets it off the paper's."""
+    settings, notes = seeds[0]["settings"], []
+    for key in MACHINE:
+        if settings.get(key) != wanted.get(key):
+            notes.append(f"run with {key} {settings[key]}")
+    comparable = settings["clip"] == wanted["clip"]
+    for seed in seeds:
+        notes += seed["notes"]
+        comparable = comparable and seed["comparable"]
+    return Cell(means(seeds, reading), listed_seeds(seeds), comparable, tuple(notes),
+                seeds[0]["run"])
+
+
+def average(present, n):
+    """The average of the cells that are there, of n. Its HM is that of the averages, as printed."""
+    values = {}
+    for measure in present[0].values:
+        values[measure] = statistics.fmean(cell.values[measure] for cell in present)
+    if "hm" in values:
+        values["hm"] = harmonic_mean(values["base"], values["novel"])
+    complete = len(present) == n
+    comparable = complete and all(cell.comparable for cell in present)
+    return Cell(values, f"{len(present)} of {n} datasets", comparable)
 
 
 def commands(table, row, empty, output):
     """The shell's lines that fill a row's cells on the datasets `empty`. $DATA: their folder."""
+    # What the row changes are options of the command.
     settings, changed = settings_of(row, table.source or "imagenet")
     words = f"--baseline {row['baseline']} --template {row['template']}"
     for key, value in changed.items():
-        words += f" {stage1.option_of(key)}" + ("" if value is True else f" {value}")
+        words += f" {stage1.option_of(key)}"
+        if value is not True:
+            words += f" {value}"
     words += " --seeds 1 2 3 --root $DATA"
     if output != "output":
         words += f" --output {shlex.quote(output)}"
     if not table.source:
         return [f"for d in {' '.join(empty)}; do python stage2.py --dataset $d {words}; done"]
-    learn = [f"python stage2.py --dataset {table.source} {words}"] * (table.source in empty)
+
+    # Two commands: learn on the source, and test elsewhere what was learnt.
     run = os.path.join(output, table.source, data.folder_name(stage1.cell_name(settings), changed))
     there = " ".join(name for name in empty if name != table.source)
-    return [*learn, f"python eval.py {shlex.quote(run)} --dataset {there} --root $DATA"]
+    test = f"python eval.py {shlex.quote(run)} --dataset {there} --root $DATA"
+    if table.source not in empty:
+        return [test]
+    return [f"python stage2.py --dataset {table.source} {words}", test]
 
 
 def print_paper_table(args):
     """`python eval.py OUTPUT --table N`: Markdown to stdout, and CSV to --csv FILE."""
     results, table = load_results(args.paths, transfers=True), TABLES[args.table]
-    if not table.source and any(result["dataset"] == "toy" for result in results):
-        table = table._replace(datasets=(*table.datasets, "toy"), shown=(*table.shown, "toy"))
-    measures = ("accuracy",) if table.source else ("base", "novel", "hm")
-    paper = {(row["dataset"], row["method"]): row
-             for row in read_rows("paper_tables.csv", args.table)}
+    with_toy = any(result["dataset"] == "toy" for result in results)
+    if with_toy and not table.source:
+        table = Table(table.title, (*table.datasets, "toy"), (*table.shown, "toy"))
 
     # Ours: a cell for each dataset and row.
     ours, missing, notes = {}, [], []
     for row in read_rows("table_rows.csv", args.table):
         cells = fill(table, row, results)
         for dataset, cell in cells.items():
-            ours[dataset, row["label"]] = cell
             notes += [(note, f"{row['label']}, {dataset}") for note in cell.notes]
         if row["note"] and cells:
             notes.append((row["note"], row["label"]))
-        empty = [name for name in table.datasets if name not in cells and name != "toy"]
+        for dataset in (*table.datasets, "average"):
+            ours[dataset, row["label"]] = cells.get(dataset, Cell({}, "none yet"))
+        empty = [name for name in table.datasets if name not in (*cells, "toy")]
         if empty:
             missing += commands(table, row, empty, os.path.normpath(args.paths[0]))
-        for name in {*empty, "average"} - set(cells):
-            ours[name, row["label"]] = Cell({}, "none yet")
     left = {result["run"] for result in results} - {cell.run for cell in ours.values()}
     if left:
         notes.append(("runs with other settings than the table's", ", ".join(sorted(left))))
 
-    # Beside the paper's: a record a line, a block a dataset.
-    records = []
+    # Beside the paper's: a line a method, a block a dataset.
     print(f"## Table {args.table}: {table.title}")
+    paper = {(row["dataset"], row["method"]): row
+             for row in read_rows("paper_tables.csv", args.table)}
+    records = []
     for dataset in table.shown:
-        keys = dict.fromkeys(key for key in (*paper, *ours) if key[0] == dataset)
-        block = [record(args.table, key, ours.get(key, Cell({}, "paper only")), paper.get(key, {}),
-                        measures) for key in keys]
+        block = block_of(dataset, table, ours, paper)
         records += block
-        if not any(key in ours and ours[key].values for key in keys):
+        if all(record["runs"] in ("none yet", "paper only") for record in block):
             print(f"\n### {dataset}: no run yet")
             continue
-        header = ["method"]
-        for measure in measures:
-            header += [measure.replace("hm", "HM"), "paper", "diff"]
         print(f"\n### {dataset}\n")
-        print_markdown([*header, "runs"], [list(each.values())[2:] for each in block])
-        notes += [(paper[key]["note"], f"the paper's {key[1]}, {dataset}") for key in keys
-                  if key in paper and paper[key]["note"]]
+        header = [name.replace("hm", "HM").rpartition("_")[2] for name in list(block[0])[1:]]
+        print_markdown(header, [list(record.values())[1:] for record in block])
+        notes += [(row["note"], f"the paper's {label}, {dataset}")
+                  for (of, label), row in paper.items() if of == dataset and row["note"]]
         if dataset == "toy":
             print(f"\n{TOY_WARNING}")
     print_notes(notes)
@@ -727,19 +771,27 @@ def print_paper_table(args):
         print("\nEmpty cells, and what fills them ($DATA: the folder of the datasets)\n")
         print("\n".join(["```", *dict.fromkeys(missing), "```"]))
     if args.csv:
-        data.save_csv(args.csv, records)
+        data.save_csv(args.csv, [{"table": args.table} | record for record in records])
 
 
-def record(table, key, cell, printed, measures):
-    """A line of a table as text: per measure ours, the paper's, and the difference."""
-    line = {"table": table, "dataset": key[0], "method": key[1]}
-    for measure in measures:
-        value, theirs = cell.values.get(measure), printed.get(measure, "")
-        line[measure] = "" if value is None else f"{value:.2f}"
-        line[f"{measure}_paper"] = theirs
-        compares = value is not None and theirs and cell.comparable
-        line[f"{measure}_difference"] = f"{value - float(theirs):+.2f}" if compares else ""
-    return line | {"runs": cell.runs}
+def block_of(dataset, table, ours, paper):
+    """A block of a table: per method and measure ours, the paper's and the difference, as text."""
+    measures = ("accuracy",) if table.source else ("base", "novel", "hm")
+    labels = [label for of, label in (*paper, *ours) if of == dataset]
+    block = []
+    for label in dict.fromkeys(labels):
+        cell = ours.get((dataset, label), Cell({}, "paper only"))
+        record = {"dataset": dataset, "method": label}
+        for measure in measures:
+            value = cell.values.get(measure)
+            theirs = paper.get((dataset, label), {}).get(measure, "")
+            record[measure] = "" if value is None else f"{value:.2f}"
+            record[f"{measure}_paper"] = theirs
+            record[f"{measure}_diff"] = ""
+            if value is not None and theirs and cell.comparable:
+                record[f"{measure}_diff"] = f"{value - float(theirs):+.2f}"
+        block.append(record | {"runs": cell.runs})
+    return block
 
 
 # ---------------------------------------------------------------------------- command line

@@ -130,7 +130,8 @@ def in_words(W, n_anchor=1):
 
 def token_names(K, n_anchor):
     """V1 .. VM, A1 .. AN: the original sequence, Eq. 8."""
-    return [f"V{j + 1}" for j in range(K - n_anchor)] + [f"A{j + 1}" for j in range(n_anchor)]
+    names = [f"V{j + 1}" for j in range(K - n_anchor)]
+    return names + [f"A{j + 1}" for j in range(n_anchor)]
 
 
 def plot_position_matrix(W, path, n_anchor=1, title=""):
@@ -145,6 +146,7 @@ def plot_position_matrix(W, path, n_anchor=1, title=""):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # One panel, or one for each title: five in a row.
     panels = W if isinstance(W, dict) else {title: W}
     across = min(5, len(panels))
     down = -(-len(panels) // across)
@@ -157,6 +159,7 @@ def plot_position_matrix(W, path, n_anchor=1, title=""):
         matrix = torch.as_tensor(matrix, dtype=torch.float32).detach().cpu()
         rows, columns = matrix.shape
         N = n_anchor[name] if isinstance(n_anchor, dict) else n_anchor
+        # A 1 is white on dark; the anchors' columns are tinted.
         axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1)
         axes.axvspan(columns - N - 0.5, columns - 0.5, color="tab:orange", alpha=0.25)
         for i in range(rows):

@@ -97,23 +97,18 @@ def class_suffix(clip_model, texts, before=1, inside=None):
     eot = (2, 3): plain numbers, since reading a tensor back from a GPU would stall every step.
     Raises ValueError naming the texts that have no tokens, or too many for CLIP's 77.
     """
-    names = [TOKENIZER.encode(text.removesuffix(".")) for text in texts]
-    empty = [text for text, ids in zip(texts, names) if not ids]
-    if empty:
-        raise ValueError(f"a text without any token: {', '.join(map(repr, empty))}")
-
-    ids = [TOKENIZER.encode(text) for text in texts]
-    max_tokens = len(clip_model.positional_embedding)               # 77
-    room = max_tokens - before - 1                                  # 1: [EOT]
+    # What is left of CLIP's 77 tokens for a name and its full stop, with [EOT] after them?
+    max_tokens = len(clip_model.positional_embedding)
+    room = max_tokens - before - 1
     if inside is not None:
         room -= len(inside)
-    if room < 2:                                                    # a name and its full stop
-        raise ValueError(f"{max_tokens - 1 - room} tokens around each class name leave too little "
-                         f"of CLIP's {max_tokens}: take fewer soft, anchor or attribute tokens")
-    too_long = [text for text, own in zip(texts, ids) if len(own) > room]
-    if too_long:
-        raise ValueError(f"too long for CLIP's {max_tokens} tokens, of which {room} are left for "
-                         f"each; shorten: {', '.join(map(repr, too_long))}")
+    names = [TOKENIZER.encode(text.removesuffix(".")) for text in texts]
+    ids = [TOKENIZER.encode(text) for text in texts]
+    wrong = [text for text, name, own in zip(texts, names, ids) if not name or len(own) > room]
+    if wrong:
+        raise ValueError(f"of CLIP's {max_tokens} tokens {max(0, room)} are left for each of these "
+                         f"texts, which have none or more: {', '.join(map(repr, wrong))}; shorten "
+                         "them, or take fewer soft, anchor or attribute tokens")
 
     if inside is None:
         rows = [embed(clip_model, own + [EOT]) for own in ids]
@@ -702,12 +697,9 @@ def build_learner(settings, clip_model, class_names, anchor_tokens=None):
 
     settings: a dict as stage2.py saves it (baseline, template, soft_tokens, ...). anchor_tokens
     (N, d_t): needed by template "anchoropt".
-    Raises ValueError for an unknown baseline or template, or anchors of another width than CLIP's.
+    Raises ValueError for anchors of another width than CLIP's, KeyError for an unknown baseline.
     """
     baseline, template_name = settings["baseline"], settings["template"]
-    if baseline not in BASELINES or template_name not in TEMPLATES:
-        raise ValueError(f"unknown baseline or template {baseline}-{template_name}; "
-                         f"known: {', '.join([*BASELINES, *TEMPLATES])}")
     if baseline == "clip":
         return ZeroShot(clip_model, class_names, settings["prompt"])
 
@@ -741,11 +733,9 @@ def build_learner(settings, clip_model, class_names, anchor_tokens=None):
 def check_width(clip_model, anchor_tokens):
     """Raises ValueError where there are no anchor tokens, or they are not as wide as CLIP's."""
     width = clip_model.token_embedding.weight.shape[1]
-    if anchor_tokens is None:
-        raise ValueError("the anchoropt template needs anchor tokens")
-    if anchor_tokens.shape[1] != width:
-        raise ValueError(f"anchor tokens of width {anchor_tokens.shape[1]} do not fit this CLIP, "
-                         f"which has a width of {width}")
+    if anchor_tokens is None or anchor_tokens.shape[1] != width:
+        found = None if anchor_tokens is None else tuple(anchor_tokens.shape)
+        raise ValueError(f"this CLIP needs anchor tokens (N, {width}), not {found}")
 
 
 # ---------------------------------------------------------------------------- loading CLIP
@@ -790,7 +780,7 @@ def load_clip(name_or_path, device="cpu", dtype=None):
     if name == "toy":
         model = _openai_architecture(_toy_state_dict())
     elif name in clip.available_models():
-        model = _load_openai(name)
+        model = clip.load(name, device="cpu", jit=False)[0].float()     # fetched; SHA-256 checked
     elif os.path.isdir(name):
         model = _load_huggingface(pathlib.Path(name))
     elif os.path.isfile(name):
@@ -881,18 +871,6 @@ def _toy_state_dict():
     table[token_ids] = rows
     arrays["token_embedding.weight"] = table.astype(np.float32)
     return {key: torch.from_numpy(value) for key, value in arrays.items()}
-
-
-def _load_openai(name):
-    url = clip.clip._MODELS[name]
-    try:
-        return clip.load(name, device="cpu", jit=False)[0].float()              # checks the SHA-256
-    except (OSError, RuntimeError) as error:
-        target = pathlib.Path("~/.cache/clip").expanduser() / url.rsplit("/", 1)[1]
-        reason = str(error) or type(error).__name__
-        raise FileNotFoundError(
-            f"the weights of CLIP {name} are missing ({reason}): put {url} at {target} "
-            f"(SHA-256 {url.split('/')[-2]}), or name that file instead") from error
 
 
 def _load_file(path):

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 from typing import NamedTuple
@@ -161,10 +162,13 @@ def read_descriptions(class_names, args, settings):
     Raises FileNotFoundError and ValueError as `data.load_descriptions`, and for sentences that CLIP
     cannot read: all of them, before anything is loaded or learnt.
     """
+    # S2.2.1: the first sentences of each class's list, and none that CLIP would cut.
     file = args.descriptions or data.default_descriptions(settings["dataset"])
     descriptions = data.load_descriptions(file, class_names, settings["max_descriptions"])
-    long = [f"{name}: {sentence[:60]}..." for name, of_class in zip(class_names, descriptions)
-            for sentence in of_class if len(TOKENIZER.encode(sentence)) > 75]
+    long = []
+    for name, sentences in zip(class_names, descriptions):
+        long += [f"{name}: {sentence[:60]}..." for sentence in sentences
+                 if len(TOKENIZER.encode(sentence)) > 75]
     if long:
         raise ValueError(f"{file}: {len(long)} sentences are longer than the 75 tokens that CLIP "
                          f"reads between [SOS] and [EOT]; shorten: {'; '.join(long)}")
@@ -173,16 +177,15 @@ def read_descriptions(class_names, args, settings):
 
 def given_anchor(run, clip_model, novel_names):
     """The anchor tokens (N, d_t) of --anchor FILE. Raises ValueError where they do not fit."""
+    # The file may be of another length, word or CLIP than this run asks for.
     file, settings = run.args.anchor, run.settings
     tokens, saved = load_anchor(file)
     check_width(clip_model, tokens)
-    wanted = {"anchor length": settings["anchor_length"]}
-    found = {"anchor length": len(tokens)}
-    for key in ("preposition", "clip"):
-        if key in saved:                    # the authors' files say neither
-            found[key], wanted[key] = saved[key], settings[key]
-    if found != wanted:
-        raise ValueError(f"{file} was learnt with {found}, and asked for is {wanted}")
+    # The authors' files say no settings.
+    found = {key: saved.get(key, settings[key]) for key in ("preposition", "clip")}
+    found["anchor_length"] = len(tokens)
+    data.check_unchanged(file, found, {key: settings[key] for key in found},
+                         f"it was learnt with {found}")
     seen = set(saved.get("class_names", [])) & set(novel_names)
     if seen:
         raise ValueError(f"{file} was learnt from descriptions of {len(seen)} classes that are "
@@ -386,9 +389,9 @@ SETTINGS = {
     "shots": Setting("task", 16, at_least(1), "training images a class; Stage I has K x classes / "
                      "32 steps an epoch", "K"),
     "clip": Setting("clip", "ViT-B/16", str, f"one of {', '.join(clip.available_models())}, toy; "
-                    "open_clip:ARCHITECTURE:TAG_OR_FILE, hf-hub:OWNER/NAME; OpenAI's file, or "
-                    "a state dict of theirs; a folder of HuggingFace's CLIPModel (default here: the "
-                    "toy CLIP for the toy world; in eval.py the run's own)", "NAME"),
+                    "open_clip:ARCHITECTURE:TAG_OR_FILE, hf-hub:OWNER/NAME; OpenAI's file, "
+                    "or a state dict of theirs; a folder of HuggingFace's CLIPModel (for the toy "
+                    "world the toy CLIP; in eval.py the run's own)", "NAME"),
     "dtype": Setting("clip", "default", ("float32", "float16", "bfloat16"),
                      "of the frozen CLIP; by default float16 on CUDA and float32 elsewhere"),
 
@@ -490,10 +493,12 @@ def default_settings(dataset, baseline, template, classes="base", one_stage=Fals
         template = "plain"
     cell = {"dataset": dataset, "baseline": baseline, "template": template, "classes": classes,
             "one_stage": one_stage}
+    # The rows of the table that are for this cell, each over those above it.
     row = {}
     for matches, values in settings_rows():
         if all(matches[key] in ("*", cell[key]) for key in CELL):
             row |= values
+    # What the cell has, from its rows or as all have it.
     settings = {key: cell[key] for key in ("dataset", "baseline", "template")}
     for key, setting in SETTINGS.items():
         if has(cell, setting.of):
@@ -661,6 +666,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(script, description, kinds, groups):
     """A script's options: of the settings of these kinds, and of these groups of OPTIONS."""
+    # First the machine's options, then a group of settings after the other, as SETTINGS has them.
     parser = Parser(script, description=description,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for group in (*groups, "machine"):
@@ -705,14 +711,13 @@ def run_script(name, run, args):
             message = f"{error.filename}: {error.strerror}"
         complain(name, message)
     except (RuntimeError, MemoryError) as error:
-        if "DataLoader worker" in str(error):
-            complain(name, f"{str(error).splitlines()[-1]}; set --workers 0, or give the container "
+        message = str(error) or type(error).__name__
+        if "DataLoader worker" in message:
+            complain(name, f"{message.splitlines()[-1]}; set --workers 0, or give the container "
                            "more shared memory (docker run --shm-size)")
-        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-                sign in str(error) for sign in ("not enough memory", "can't allocate memory",
-                                                "ALLOC_FAILED", "out of memory")):
-            complain(name, f"out of memory ({str(error).splitlines()[0][:100]}); lower "
-                           "--batch-size, --test-batch, or set --class-chunk 100")
+        elif re.search("memory|MemoryError|ALLOC_FAILED", message):
+            complain(name, f"out of memory ({message.splitlines()[0][:100]}); lower --batch-size, "
+                           "--test-batch, or set --class-chunk 100")
         else:
             raise
     return 2

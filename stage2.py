@@ -84,7 +84,7 @@ def adapt(learner, run, epochs, features, labels, anchor=None):
             if torch.is_tensor(anchor):
                 # Anchor prompts meet CLIP as it is: f, also where MaPLe prompts the image tower.
                 l_anc = learner.logits(f, anchor)           # logits of q_anc, Eq. 1: (B, C)
-                # l_ens of q_ens
+                # logits of q_ens
                 l_ens = losses.ensemble_logits(l_norm, l_anc, learner.ensemble)
                 kl = losses.distillation_kl(l_norm, l_ens, settings["temperature"])     # Eq. 11
 
@@ -263,9 +263,10 @@ def learn_prompt(run, learner, task, descriptions, facts):
     """`adapt` with what surrounds it: optimizer, anchor prompts, images, the kept epochs.
 
     Changes the learner in place, and returns the epochs' log. The others are `run_seed`'s;
-    descriptions are needed for one-stage training alone. Raises what `adapt` and `stage1.Epochs` raise.
+    descriptions are needed for one-stage training alone. Raises what `adapt`, `stage1.Epochs` do.
     """
-    settings, args, clip_model = run.settings, run.args, learner.clip_model
+    settings, args = run.settings, run.args
+    clip_model = learner.clip_model
     # theta_s, theta_pos, and what the baseline learns beside.
     optimizer = stage1.sgd(learner.parameters(), settings["lr"])
     parts = {"learner": learner, "optimizer": optimizer}
