@@ -155,14 +155,7 @@ def run_seed(run, dataset, task, descriptions, get_clip):
         check_names(task, clip_model, settings)
 
         # Algorithm 1, stage 1: the anchor, where it was not learnt before.
-        anchor_tokens = None
-        if settings.get("one_stage"):           # learnt beside the prompt: OneStage fills these in
-            anchor_tokens = torch.zeros(settings["anchor_length"],
-                                        clip_model.token_embedding.weight.shape[1])
-        elif settings["template"] == "anchoropt" and run.args.anchor:
-            anchor_tokens = stage1.given_anchor(run, clip_model, task.novel_names)
-        elif settings["template"] == "anchoropt":
-            anchor_tokens = stage1.get_anchor(run, clip_model, task.base_names, descriptions)
+        anchor_tokens = find_anchor(run, clip_model, task, descriptions)
         if run.args.overwrite:                  # now that nothing is missing any more
             remove_run(folder)
 
@@ -181,15 +174,6 @@ def run_seed(run, dataset, task, descriptions, get_clip):
             torch.save({"state": learner.state_dict(), "settings": settings,
                         "class_names": task.base_names, "seed": run.seed}, aside)
 
-        # Inference (Sec. 3.2.2): normal prompt for base classes, the ensemble for novel ones.
-        torch.manual_seed(run.seed)             # of W, with --test-position sample
-        base = evaluation.evaluate_items(run, learner, task.test_base, known=True)
-        novel = hm = None
-        if task.novel_names:
-            learner.set_classes(task.novel_names)
-            novel = evaluation.evaluate_items(run, learner, task.test_novel, known=False)
-            hm = {key: evaluation.harmonic_mean(base[key], novel[key]) for key in base}
-
         W = None
         if W_start:
             W = {"start": W_start, "end": learnt_W(learner), "epochs": [row["W"] for row in log]}
@@ -197,16 +181,44 @@ def run_seed(run, dataset, task, descriptions, get_clip):
             with data.written_aside(folder / "position.png") as aside:
                 plot_position_matrix({"start": W["start"], "end of training": W["end"]}, aside,
                                      settings["anchor_length"])
-        # The last file to come: where it stands, everything else does.
+        # results.json is the last file to come: where it stands, everything else does.
         notes, comparable = what_to_know(task, settings)
-        data.save_json(folder / "results.json", {
+        data.save_json(folder / "results.json", test(run, learner, task) | {
             "dataset": settings["dataset"], "seed": run.seed, "settings": settings, "facts": facts,
-            "base": base, "novel": novel, "hm": hm, "position_matrix": W, "notes": notes,
-            "comparable": comparable, "environment": environment(clip_model),
+            "position_matrix": W, "notes": notes, "comparable": comparable,
+            "environment": environment(clip_model),
             "prompt": evaluation.load_prompt(folder / "prompt.pt")["digest"]})
         (folder / "last.pt").unlink(missing_ok=True)
         stage1.say(f"saved to {folder}")
         return evaluation.read_result(folder / "results.json")
+
+
+def find_anchor(run, clip_model, task, descriptions):
+    """The anchor tokens (N, d_t) that Stage II begins with, or None for the other templates."""
+    if run.settings["template"] != "anchoropt":
+        return None
+    if run.settings["one_stage"]:               # learnt beside the prompt: OneStage fills these in
+        width = clip_model.token_embedding.weight.shape[1]
+        return torch.zeros(run.settings["anchor_length"], width)
+    if run.args.anchor:
+        return stage1.given_anchor(run, clip_model, task.novel_names)
+    return stage1.get_anchor(run, clip_model, task.base_names, descriptions)
+
+
+def test(run, learner, task):
+    """Inference (Sec. 3.2.2): normal prompt for base classes, the ensemble for novel ones.
+
+    Returns base, novel and hm: each a dict reading -> percent; the last two None without novel
+    classes. The learner stays bound to the classes that were tested last.
+    """
+    torch.manual_seed(run.seed)                 # of W, with --test-position sample
+    base = evaluation.evaluate_items(run, learner, task.test_base, known=True)
+    novel = hm = None
+    if task.novel_names:
+        learner.set_classes(task.novel_names)
+        novel = evaluation.evaluate_items(run, learner, task.test_novel, known=False)
+        hm = {key: evaluation.harmonic_mean(base[key], novel[key]) for key in base}
+    return {"base": base, "novel": novel, "hm": hm}
 
 
 def finished_run(folder, settings, facts):
