@@ -208,9 +208,9 @@ def completed(dataset, name, folder):
     for items in (parts[0], parts[2]):
         absent = set(range(len(class_names))) - {item.label for item in items}
         if len(class_names) < 2 or (items and absent):
-            raise ValueError(f"{folder} needs two classes, with an image to learn on and one to "
-                             f"test on each, and has none of "
-                             f"{', '.join(class_names[label] for label in sorted(absent)) or 2}")
+            names = ", ".join(class_names[label] for label in sorted(absent))
+            raise ValueError(f"{folder} needs an image of each class to learn on and one to test "
+                             f"on, of two classes at least, and has none of {names or 'a second'}")
 
     # What a reader of the figures must know. Any of it: they do not compare with published ones.
     notes = list(dataset.notes)
@@ -223,7 +223,7 @@ def completed(dataset, name, folder):
     if own and nameless:
         notes.append(f"{len(nameless)} class names, such as {nameless[0]!r}, are numbers, which "
                      "tell CLIP nothing: name the folders by what they show")
-    for same in group_by(words, class_names).values():
+    for same in group_by(str.lower, class_names).values():
         if len(same) > 1 and not name.startswith("imagenet"):       # ImageNet's pairs are known
             notes.append(f"{len(same)} classes have one name for CLIP, {same[0]!r}: only the first "
                          "of them can be right")
@@ -240,7 +240,8 @@ def read_name(name, own=True):
     if own:
         # "1 001.Black_footed_Albatross" (CUB's list), "n01440764 tench" (ImageNet's), "01_TUMOR"
         name = re.sub(r"^(\d+\s+(?=\d+[._]))?(n\d{8}[\s._-]+|\d+[._]+\s*)(?=\d*[^\W\d_])", "", name)
-    return " ".join(name.replace("_", " ").split()) if own else name.replace("_", " ")
+        return " ".join(name.replace("_", " ").split())
+    return name.replace("_", " ")
 
 
 def left_out(dataset):
@@ -309,20 +310,21 @@ def read_split_file(file, places, folder):
     split = read_json_object(file)
     names = names_of_split(split, file)
 
-    # A few paths tell which of the places it is.
+    # Some were written on Windows. A few paths tell which of the places they are relative to.
+    rows = {part: [(path.replace("\\", "/"), label) for path, label, _ in split[part]]
+            for part in SPLIT}
     images = places[-1]
     for place in reversed(places):
-        if any(os.path.exists(os.path.join(place, path)) for path, _, _ in split["train"][:20]):
+        found = [os.path.exists(os.path.join(place, path)) for path, _ in rows["train"][:20]]
+        if any(found):
             images = place
-    parts, sources = {}, []
+    parts, sources = [], []
     for part in SPLIT:
-        parts[part] = []
-        for path, label, _ in split[part]:
-            source = os.path.join(images, path.replace("\\", "/"))      # some are from Windows
-            parts[part].append(Item(source, label))
-            sources.append(source)
+        items = [Item(os.path.join(images, path), label) for path, label in rows[part]]
+        parts.append(items)
+        sources += [item.source for item in items]
     check_images(sources, file, folder)
-    return Dataset([names[label] for label in range(len(names))], **parts)
+    return Dataset([names[label] for label in range(len(names))], *parts)
 
 
 SPLIT = ("train", "val", "test")
@@ -931,17 +933,17 @@ def epoch_features(images, epochs, encode, kept=None, keep_crops=False, workers=
     """
     # Which epochs' images must be opened? One loader for them all, from which each takes its own.
     to_load = [epoch for epoch in epochs if keep_crops or kept is None or not kept.has(epoch)]
+    n_batches = math.ceil(len(images) / ENCODE_BATCH)
     if to_load:
         batches = iter(loader(images, to_load, workers=workers))
     for epoch in epochs:
         f = kept.read(epoch) if kept is not None else None
         own = []                                            # the batches of this epoch
         if epoch in to_load:
-            own = itertools.islice(batches, math.ceil(len(images) / ENCODE_BATCH))
+            own = itertools.islice(batches, n_batches)
         elif f is None:                                     # what was kept turns out damaged
             own = loader(images, [epoch], workers=workers)
-        total = math.ceil(len(images) / ENCODE_BATCH)
-        bar = tqdm(own, total=total, desc="images", leave=False, disable=None if own else True)
+        bar = tqdm(own, total=n_batches, desc="images", leave=False, disable=None if own else True)
 
         # The frozen tower, in large batches; its crops are kept only where the method prompts it.
         crops, new = [], []
@@ -1046,12 +1048,16 @@ def save_csv(path, rows):
         writer.writerows(rows)
 
 
+class Changed(ValueError):
+    """A file was made with other settings or data than there are now."""
+
+
 def check_unchanged(path, saved, now, advice):
-    """Raises ValueError where settings or digests `now` are not those a file was made with."""
+    """Raises Changed where settings or digests `now` are not those a file was made with."""
     changed = [name for name, value in now.items() if saved.get(name) != value]
     if changed:
-        raise ValueError(f"{path} was made with other {' and '.join(changed)} than there are now; "
-                         f"{advice}")
+        raise Changed(f"{path} was made with other {' and '.join(changed)} than there are now; "
+                      f"{advice}")
 
 
 def folder_name(kind, changed):
@@ -1067,6 +1073,12 @@ def folder_name(kind, changed):
         parts.append(f"{key}={text}")
     name = ",".join(parts)
     return name if len(name) <= 200 else f"{name[:180]},{digest(name)}"
+
+
+def run_folder(run, kind, changed):
+    """output/<dataset>/<kind>[,changed settings]/seed<k> of a `stage1.Run`."""
+    name = folder_name(kind, changed)
+    return pathlib.Path(run.args.output, run.settings["dataset"], name, f"seed{run.seed}")
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def evaluate(learner, batches, f_anc=None, known=True):
     Raises ValueError for no images, and for logits that are not finite.
     """
     training = learner.training
-    learner.eval()                          # so W is the arg-max, without noise
+    learner.eval()                          # so W is the arg-max (unless test_position is sample)
     logits, labels = {}, []
     for f, x, y in batches:
         for reading, of_batch in infer(learner, f, x, f_anc, known).items():
@@ -341,7 +341,7 @@ def classify_pictures(args):
         pictures += data.image_files(path, deep=True) if os.path.isdir(path) else [path]
     classifier = load_run(args.paths, args.clip, args.device, args.dtype, args.class_chunk)
     if args.classes_from:
-        classifier.set_classes(data.read_lines(args.classes_from, "."))
+        classifier.set_classes(data.read_lines(args.classes_from, ""))
     ensemble = classifier.f_anc is not None and not classifier.known
     print_names(classifier.class_names)
     print(f"the {'ensemble with the anchor' if ensemble else 'normal'} prompt answers")
@@ -477,7 +477,7 @@ def load_results(paths, transfers=False):
         if transfers:
             found |= {file.resolve(): file for file in sorted(folder.rglob("eval-*.json"))}
     results = [read_result(path) for path in found.values()]
-    # An evaluation of a prompt that was learnt anew since is none of it.
+    # Evaluations of a prompt that was learnt anew since are left out.
     digests = {result["folder"].resolve(): result["prompt"] for result in results
                if result["dataset"] == result["settings"]["dataset"]}
     return [result for result in results

@@ -72,7 +72,7 @@ def distillation_kl(logits_normal, logits_ensemble, temperature):
 
     The teacher q_ens is a constant here (detached). With T = temperature, and both q of this
     equation softened by it,  softmax(l / T),  this is  T^2  times the mean over the B C elements of
-    q_ens (log q_ens - log q_norm):  what is mostly written KL(q_ens || q_norm), divided by C.
+    q_ens (log q_ens - log q_norm):  what is usually written KL(q_ens || q_norm), divided by C.
     (The paper leaves direction and scale open. The tuned lambda_1 : lambda_2 belong to this scale.)
 
     logits_normal, logits_ensemble (B, C); temperature > 0. Returns a scalar.

@@ -1,4 +1,4 @@
-"""The position matrix W of AnchorOPT: Eqs. 6-9, the fixed matrices of Tab. 8, and Fig. 4's picture.
+"""The position matrix W of AnchorOPT: Eqs. 6, 7 and 9, Tab. 8's fixed matrices, Fig. 4's picture.
 
 W is (K, K) with K = M + N (M soft tokens, N anchor tokens). Row i is a position of the rearranged
 prompt, column j a token of the original sequence [V_1]..[V_M][Anc_1]..[Anc_N]; a 1 at (i, j) puts
@@ -27,7 +27,7 @@ class PositionMatrix(nn.Module):
 
     size: K = M + N.
     tau: the temperature of Eq. 7, > 0; smaller is sharper (Tab. S3 tries 0.1 to 4).
-    test_position: "argmax", or "sample": draw noise in eval mode too, as the authors' code does.
+    test_position: "argmax", or "sample": with noise in eval mode too, as the authors' code does.
     soft: W-hat in value, too, in training: Eq. 9 as printed.
     draw: "step", or "once": one noise for the whole training, as Algorithm 1 shows it.
     Raises ValueError for a size below 1, a tau that is not positive, or another test_position.
@@ -51,8 +51,9 @@ class PositionMatrix(nn.Module):
         """
         if not self.training and self.test_position == "argmax":
             return hard_assignment(self.logits.detach())
-        # A draw for each of the K x K entries, anew at each call, as in Eq. 6. (Algorithm 1 shows
-        # the call once, above its loop; the released code draws in every step as well.)
+        # A draw for each of the K x K entries, as gumbel_softmax makes it (Eq. 6 writes eps_j, for
+        # each row i), anew at each call. (Algorithm 1 shows the call once, above its loop; the
+        # released code draws in every step as well.)
         noise = gumbel_noise(self.logits) if self.noise is None else self.noise
         scores = self.logits + noise                                # log p_j^i + eps_j
         soft = soft_assignment(scores, self.tau)                    # Eq. 7

@@ -476,11 +476,13 @@ class AnchorTemplate(PlainTemplate):
 
         Both stand where W put them: row i of W holds its 1 among the first M columns (a soft
         token: V_l comes in) or among the last N (an anchor: the state at position i stays).
-        In the example above, V_2 Anc V_2 with the states h_1 h_2 h_3 becomes V_l2 h_2 V_l2.
+        In the example above, V_2 Anc V_2 with the states h_1 h_2 h_3 becomes  V_l[2] h_2 V_l[2],
+        with V_l[2] the second of this layer's soft tokens.
         hidden (..., length, d_t); returns the same shape.
         """
         # W is straight-through, so theta_pos learns from every layer. (The released code takes
-        # W . [V_l; the anchor's state]: the same value, another gradient.)
+        # W . [V_l; an anchor's state]: the same value where one row at most holds the anchor,
+        # another gradient.)
         W, M = W.to(hidden.dtype), len(V_l)
         soft = W[:, :M] @ V_l.to(hidden.dtype)                      # (length, d_t)
         is_anchor = W[:, M:].sum(1, keepdim=True)                   # (length, 1)

@@ -17,7 +17,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 import re
 import sys
 import time
@@ -52,7 +51,8 @@ def learn_anchor(prompt, targets, epochs, weight):
     """
     optimizer = epochs.optimizers[0]
 
-    # stage 1: anchor optimization. A step takes the descriptions of all classes at once.
+    # stage 1: anchor optimization. A step takes the descriptions of all classes at once, where
+    # Algorithm 1 goes through them one by one.
     for _ in epochs:                                                # sets the epoch's lr, too
         for _ in range(epochs.steps):
             f_anc = prompt()                        # f_T(t_anc; theta_a), Eq. 4: unit (C, d)
@@ -84,8 +84,8 @@ def description_features(clip_model, descriptions):
 def new_anchor(run, clip_model, class_names, descriptions, facts):
     """Stage I from its inputs to its output: the learnt `AnchorPrompt` of these C base classes.
 
-    run: a `Run`; its seed is of theta_a's start. descriptions: C lists of sentences. facts: what
-    the epochs that are kept depend on, see `Epochs`, which raises ValueError.
+    run: a `Run`, whose seed draws theta_a's start values. descriptions: C lists of sentences.
+    facts: what the epochs that are kept depend on, see `Epochs`, which raises ValueError.
     """
     settings = run.settings
     # f_T(t_d), frozen. Eq. 5 over the D_c sentences of a class has the gradient of Eq. 5 over their
@@ -224,7 +224,7 @@ def print_nearest(tokens, clip_model, k):
 
 
 def main(argv=None):
-    parser = make_parser("stage1.py", __doc__, ["task", "clip", "stage I"], ["run"])
+    parser = make_parser("stage1.py", __doc__, ["task", "clip", "anchor", "stage I"], ["run"])
     parser.add_argument("--nearest", type=at_least(0), default=0, metavar="K",
                         help="print the K vocabulary words nearest to each anchor token, S4")
     parser.add_argument("--anchor", metavar="FILE",
@@ -327,18 +327,17 @@ class Epochs:
 
     def _go_on(self):
         advice = f"to begin anew, remove {self.path}"
-        saved = None
         try:
             saved = read_as_data(self.path)
             data.check_unchanged(self.path, saved["facts"], self.facts, advice)
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
+            self.log = saved["log"]
+        except data.Changed:
+            raise
         except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
-            if saved is not None and str(self.path) in str(error):          # in our words already
-                raise
             raise ValueError(f"{self.path}, which keeps the finished epochs, is damaged; "
                              f"{advice}") from error
-        self.log = saved["log"]
         # A process may have died between the two.
         data.save_csv(self.path.with_name("log.csv"), self.log)
         print(f"{self.title.strip()}: going on after epoch {len(self.log)}", flush=True)
@@ -358,12 +357,12 @@ def at_least(least):
 
 
 def number(least, most=math.inf, open_=False):
-    """An argparse type: finite numbers from `least` to `most`; open_: `least` itself is none."""
+    """An argparse type: finite numbers from `least` to `most`; open_: without `least` itself."""
     def real_number(text):
         value = float(text)
         if not least <= value <= most or value == math.inf or (open_ and value == least):
-            raise argparse.ArgumentTypeError(f"must be {'above' if open_ else 'at least'} {least}"
-                                             f" and at most {most}, not {text}")
+            wanted = f"above {least}" if open_ else f"from {least} on"
+            raise argparse.ArgumentTypeError(f"must be {wanted} and at most {most}, not {text}")
         return value
     real_number.__name__ = "number"
     return real_number
@@ -372,8 +371,8 @@ def number(least, most=math.inf, open_=False):
 class Setting(NamedTuple):
     """A setting of a run: saved with it and, where it is off its default, in its folder's name.
 
-    of: what has it, see `has`. default: its value, or ROW. kind: the option's argparse type, a
-    tuple of choices, bool for a switch, or None where no option sets it.
+    of: which runs have it, see `has`. default: its value, or ROW. kind: the option's argparse
+    type, a tuple of choices, bool for a switch; None for "start", which no option sets.
     """
     of: str
     default: object
@@ -441,9 +440,9 @@ SETTINGS = {
                            "distillation, Eq. 11", "T"),
 }
 # What an anchor depends on: the runs that agree in these share it.
+OF_STAGE_1 = ("anchor_epochs", "anchor_lr", "anchor_weight", "descriptions", "max_descriptions")
 ANCHOR_SETTINGS = ("clip", "dtype", "classes", "shots", "anchor_length", "preposition",
-                   "anchor_epochs", "anchor_lr", "anchor_weight", "descriptions",
-                   "max_descriptions")
+                   *OF_STAGE_1)
 VARIANTS = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 ELEVEN = tuple(name for name in data.DATASETS if name not in (*VARIANTS, "toy"))
 CELL = ("baseline", "template", "dataset", "classes")       # what a row of the table is for
@@ -530,8 +529,8 @@ def resolve(args, dataset, baseline, template):
     for key, value in given.items():
         option = option_of(key)
         if key not in defaults:
-            raise ValueError(f"{option} has no meaning for {cell_name(defaults)}"
-                             f"{' with --one-stage' if one_stage else ''}")
+            with_one = " with --one-stage" if one_stage and key != "one_stage" else ""
+            raise ValueError(f"{option} has no meaning for {cell_name(defaults)}{with_one}")
         if key in ("descriptions", "anchor") and not os.path.isfile(value):
             raise FileNotFoundError(f"{option} {value} does not exist")
         if key in ("clip", "descriptions", "anchor"):
@@ -543,7 +542,7 @@ def resolve(args, dataset, baseline, template):
     if settings.get("arrangement", "adaptive") != "adaptive":           # no W is learnt
         senseless += [(key, "--arrangement") for key in SETTINGS if SETTINGS[key].of == "W"]
     if "anchor" in given:                                               # it is learnt already
-        senseless += [(key, "--anchor") for key in ANCHOR_SETTINGS[6:]]
+        senseless += [(key, "--anchor") for key in OF_STAGE_1]
     if settings.get("epochs", 2) < 2:               # the schedule's first epoch runs at 1e-5
         senseless += [("lr", f"{settings['epochs']} epochs")]
     if settings.get("anchor_epochs", 2) < 2:
@@ -579,16 +578,13 @@ class Run(NamedTuple):
     @property
     def folder(self):
         """output/<dataset>/<baseline>-<template>[,changed settings]/seed<k>, where it lives."""
-        return self._in(data.folder_name(cell_name(self.settings), self.changed))
+        return data.run_folder(self, cell_name(self.settings), self.changed)
 
     @property
     def anchor_folder(self):
         """output/<dataset>/anchor[,changed settings]/seed<k>: shared where these are equal."""
         changed = {key: self.changed[key] for key in ANCHOR_SETTINGS if key in self.changed}
-        return self._in(data.folder_name("anchor", changed))
-
-    def _in(self, name):
-        return pathlib.Path(self.args.output) / self.settings["dataset"] / name / f"seed{self.seed}"
+        return data.run_folder(self, "anchor", changed)
 
 
 # -------------------------------------------------------------------- CLIP
@@ -626,8 +622,8 @@ def default_device():
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-# The options that are no settings: they change no figure. Name -> argparse's arguments, by what
-# needs them.
+# The options that are no settings: which runs, where, and on what machine. Name -> argparse's
+# arguments, by what needs them.
 OPTIONS = {
     "run": {
         "dataset": dict(default="toy", metavar="NAME",
@@ -666,7 +662,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(script, description, kinds, groups):
     """A script's options: of the settings of these kinds, and of these groups of OPTIONS."""
-    # First the machine's options, then a group of settings after the other, as SETTINGS has them.
+    # First the options that are no settings, then one group of settings after the other.
     parser = Parser(script, description=description,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for group in (*groups, "machine"):
@@ -674,9 +670,10 @@ def make_parser(script, description, kinds, groups):
             default = how.get("default")
             shown = f" (default: {default})" if default not in (None, [1]) else ""
             parser.add_argument(f"--{name}", **how | {"help": how["help"] + shown})
-    for kind in dict.fromkeys(setting.of for setting in SETTINGS.values()):
+    for kind in kinds:
+        options = parser.add_argument_group(f"settings: {kind}")
         for name, setting in SETTINGS.items():
-            if setting.of != kind or kind not in kinds or setting.kind is None:
+            if setting.of != kind:
                 continue
             how = {"help": f"{setting.help} (default: {setting.default})"}
             if setting.kind is bool:
@@ -687,7 +684,7 @@ def make_parser(script, description, kinds, groups):
                 how |= {"type": setting.kind, "metavar": setting.metavar}
             if name == "attributes":
                 how["nargs"] = "+"
-            parser.add_argument(option_of(name), **how)
+            options.add_argument(option_of(name), **how)
     return parser
 
 

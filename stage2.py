@@ -1,6 +1,6 @@
 """Stage II, adaptation (Sec. 3.2.2, Fig. 2b, Algorithm 1's second loop); one-stage training.
 
-    python stage2.py                                                    the toy world: a minute
+    python stage2.py                                                    the toy world, 30 seconds
     python stage2.py --dataset caltech101 --baseline coop --root $DATA  a cell of Table 1
     python stage2.py --baseline maple --template atprompt --seeds 1 2 3
 
@@ -29,7 +29,7 @@ import eval as evaluation
 import losses
 from anchor import AnchorPrompt, anchor_features
 from position import hard_assignment, in_words, plot_position_matrix
-from prompts import BASELINES, TEMPLATES, build_learner, clip, preprocess_of
+from prompts import BASELINES, TEMPLATES, build_learner, clip, preprocess_of, sha256
 
 
 # -------------------------------------------------------------------- the method
@@ -52,7 +52,8 @@ def adapt(learner, run, epochs, features, labels, anchor=None):
     optimizer = epochs.optimizers[0]
     preprocess = preprocess_of(learner.clip_model)
     batch_size = settings["batch_size"]
-    used = min(len(labels), epochs.steps * batch_size)      # a last partial batch is dropped
+    f_anc = anchor if torch.is_tensor(anchor) else None
+    one_stage = anchor if isinstance(anchor, OneStage) else None
     learner.train()                                         # so W is sampled: Eq. 6 with its noise
 
     # stage 2: adaptation
@@ -61,18 +62,18 @@ def adapt(learner, run, epochs, features, labels, anchor=None):
         f_all, crops = next(features)
         f_all = None if f_all is None else f_all.to(device)
         torch.manual_seed(1_000_003 * run.seed + epoch)     # this epoch's order and Gumbel noise
-        order = torch.randperm(len(labels))[:used]
+        order = torch.randperm(len(labels))[:epochs.steps * batch_size]     # whole batches alone
         # On both sides: crops are on the CPU, and no step shall wait for an index to be copied.
-        for batch, there in zip(order.split(batch_size), order.to(device).split(batch_size)):
-            y = labels[there]                                               # (B,)
-            f = None if f_all is None else f_all[there]                     # (B, d)
-            x = None if crops is None else data.normalize(crops[batch], preprocess, device)
-            if isinstance(anchor, OneStage):
-                anchor.step()                               # theta_a, by Eq. 5
+        for on_cpu, i in zip(order.split(batch_size), order.to(device).split(batch_size)):
+            y = labels[i]                                                   # (B,)
+            f = None if f_all is None else f_all[i]                         # (B, d)
+            x = None if crops is None else data.normalize(crops[on_cpu], preprocess, device)
+            if one_stage is not None:
+                one_stage.step()                            # theta_a, by Eq. 5
 
             # The normal prompt's answer. Its W is drawn in AnchorTemplate.forward, in every step
             # anew, once for all classes, images, layers (Algorithm 1 shows it above its loop). Only
-            # CoCoOp's prompts depend on the image.
+            # CoCoOp's prompts depend on the image. `logits` makes features unit.
             f_img = learner.image_features(f, x)            # f_I(x): f itself, except for MaPLe
             f_norm = learner.text_features(f_img)           # f_T(t_norm), Eqs. 6-9 (or 2, or 3)
             l_norm = learner.logits(f_img, f_norm)          # logits of q_norm, Eq. 1: (B, C)
@@ -81,9 +82,9 @@ def adapt(learner, run, epochs, features, labels, anchor=None):
 
             # The ensemble with the anchor prompt teaches it.
             kl = torch.zeros_like(ce)
-            if torch.is_tensor(anchor):
+            if f_anc is not None:
                 # Anchor prompts meet CLIP as it is: f, also where MaPLe prompts the image tower.
-                l_anc = learner.logits(f, anchor)           # logits of q_anc, Eq. 1: (B, C)
+                l_anc = learner.logits(f, f_anc)            # logits of q_anc, Eq. 1: (B, C)
                 # logits of q_ens
                 l_ens = losses.ensemble_logits(l_norm, l_anc, learner.ensemble)
                 kl = losses.distillation_kl(l_norm, l_ens, settings["temperature"])     # Eq. 11
@@ -103,8 +104,8 @@ class OneStage:
     """One-stage training (Sec. 3.2.4, S1): the first half of every step, theta_a by Eq. 5.
 
     prompt: the `AnchorPrompt` of the base classes. targets (C, d): as in `stage1.learn_anchor`.
-    learner: its frozen copy of the anchor follows. The second half of the step (soft tokens and W
-    by Eq. 10, anchor frozen) is `adapt`'s.
+    learner: the prompt's learner, whose frozen copy of the anchor is kept up to date. The second
+    half of the step (soft tokens and W by Eq. 10, anchor frozen) is `adapt`'s.
     """
 
     def __init__(self, prompt, targets, learner, settings):
@@ -183,14 +184,14 @@ def run_seed(run, dataset, task, descriptions, get_clip):
                                      settings["anchor_length"])
         # results.json is the last file to come: where it stands, everything else does.
         notes, comparable = what_to_know(task, settings)
-        data.save_json(folder / "results.json", test(run, learner, task) | {
+        result = test(run, learner, task) | {
             "dataset": settings["dataset"], "seed": run.seed, "settings": settings, "facts": facts,
             "position_matrix": W, "notes": notes, "comparable": comparable,
-            "environment": environment(clip_model),
-            "prompt": evaluation.load_prompt(folder / "prompt.pt")["digest"]})
+            "environment": environment(clip_model), "prompt": sha256(folder / "prompt.pt")[:8]}
+        data.save_json(folder / "results.json", result)
         (folder / "last.pt").unlink(missing_ok=True)
         stage1.say(f"saved to {folder}")
-        return evaluation.read_result(folder / "results.json")
+        return result | {"run": folder.parent.name, "folder": folder}
 
 
 def find_anchor(run, clip_model, task, descriptions):
@@ -303,13 +304,13 @@ def learn_prompt(run, learner, task, descriptions, facts):
     epochs = stage1.Epochs("stage II", settings["epochs"], steps, parts, run.folder / "last.pt",
                            settings | facts)
     if isinstance(anchor, OneStage):
-        anchor.follow()
+        anchor.follow()                                 # the kept epochs may have been the last
 
     # f_I(x) of the epochs to come, frozen. It runs in large batches and in the order of the items,
     # so that features are the same to the bit for every method and batch size.
     images = data.Images(task.train, data.train_transform(preprocess_of(clip_model)), run.seed)
     encode, kept = stage1.frozen_tower(clip_model, settings, images, args.feature_cache)
-    if learner.needs_images and not torch.is_tensor(anchor):        # MaPLe alone never reads f
+    if learner.needs_images and not torch.is_tensor(anchor):    # MaPLe without distillation
         encode = kept = None
     to_come = range(len(epochs.log) + 1, settings["epochs"] + 1)
     features = data.epoch_features(images, to_come, encode, kept, learner.needs_images,
