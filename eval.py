@@ -350,14 +350,15 @@ def classify_pictures(args):
     rows, read = [], 0
     batch_size = args.test_batch or 100
     for start in range(0, len(pictures), batch_size):
-        crops = {}
+        sound, crops = [], []
         for picture in pictures[start:start + batch_size]:
             try:
-                crops[picture] = classifier.crop(picture)
+                crops.append(classifier.crop(picture))
+                sound.append(picture)
             except data.BadImage as error:
                 stage1.complain("eval.py", str(error))
-        read += len(crops)
-        for picture, q in zip(crops, classifier.probabilities(list(crops.values()), batch_size)):
+        read += len(sound)
+        for picture, q in zip(sound, classifier.probabilities(crops, batch_size)):
             best = []
             for i in q.argsort(descending=True)[:args.top or 5].tolist():
                 name, p = classifier.class_names[i], q[i].item()
@@ -453,8 +454,9 @@ def read_result(path):
     path = pathlib.Path(path)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("dataset", "seed", "notes", "comparable", "facts", "novel", "prompt"):
+        for key in ("dataset", "seed", "notes", "comparable", "prompt"):
             result[key]
+        result["settings"]["dataset"], result["facts"]["class names"]
         for scores in (result["base"], result["novel"]):
             if scores is not None and not 0 <= scores["final"] <= 100:
                 raise ValueError("no percentages")
@@ -466,7 +468,10 @@ def read_result(path):
 
 
 def load_results(paths, transfers=False):
-    """All results.json under these files and folders; transfers: and eval-*.json."""
+    """All results.json under these files and folders; transfers: and eval-*.json of other datasets.
+
+    Raises ValueError where two folders hold the same seed of a run.
+    """
     found = {}
     for path in map(pathlib.Path, paths):
         if not path.exists():
@@ -474,14 +479,20 @@ def load_results(paths, transfers=False):
                                     "to (--output)")
         folder = path if path.is_dir() else path.parent
         found |= {file.resolve(): file for file in sorted(folder.rglob("results.json"))}
-        if transfers:
-            found |= {file.resolve(): file for file in sorted(folder.rglob("eval-*.json"))}
     results = [read_result(path) for path in found.values()]
-    # Evaluations of a prompt that was learnt anew since are left out.
-    digests = {result["folder"].resolve(): result["prompt"] for result in results
-               if result["dataset"] == result["settings"]["dataset"]}
-    return [result for result in results
-            if digests.get(result["folder"].resolve(), result["prompt"]) == result["prompt"]]
+    for run in results[:] if transfers else []:
+        for file in sorted(run["folder"].glob("eval-*.json")):
+            result = read_result(file)
+            # Not of a prompt that was learnt anew since, nor of the run's own dataset.
+            if result["prompt"] == run["prompt"] and result["dataset"] != run["dataset"]:
+                results.append(result)
+    places = {}
+    for result in results:
+        place = places.setdefault((run_key(result), result["seed"]), result["folder"])
+        if place != result["folder"]:
+            raise ValueError(f"{place} and {result['folder']} are both seed {result['seed']} of "
+                             "one run: move one of them elsewhere")
+    return results
 
 
 def run_key(result):

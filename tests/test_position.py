@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import position
-from position import PositionMatrix, fixed_matrix, rearrange
+from position import PositionMatrix, fixed_matrix, in_words, rearrange, token_names
 
 ROOT = pathlib.Path(position.__file__).parent
 
@@ -20,6 +20,15 @@ ROOT = pathlib.Path(position.__file__).parent
 def noise_of_next_call(matrix, seed):
     torch.manual_seed(seed)
     return position.gumbel_noise(matrix.logits)
+
+
+def eq7(log_p, noise, tau):
+    """W-hat (K, K), entry by entry."""
+    K, rows = len(log_p), []
+    for i in range(K):
+        numerators = [torch.exp((log_p[i, j] + noise[i, j]) / tau) for j in range(K)]
+        rows.append(torch.stack([numerator / sum(numerators) for numerator in numerators]))
+    return torch.stack(rows)
 
 
 def test_position_matrix_forward_is_eq6():
@@ -36,22 +45,47 @@ def test_position_matrix_forward_is_eq6():
             assert W[i].tolist() == [float(j == chosen) for j in range(5)]      # exactly 0 and 1
 
 
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("tau", [0.1, 1.0, 4.0])
-def test_gradient_of_the_hard_matrix_is_that_of_eq7(tau):
+def test_gradient_of_the_hard_and_of_the_soft_matrix_is_that_of_eq7(tau, soft):
     torch.manual_seed(1)
-    matrix, weights = PositionMatrix(4, tau).double(), torch.randn(4, 4, dtype=torch.float64)
+    matrix = PositionMatrix(4, tau, soft=soft).double()
+    weights = torch.randn(4, 4, dtype=torch.float64)
     noise = noise_of_next_call(matrix, 7)
     torch.manual_seed(7)
-    (straight_through,) = torch.autograd.grad((matrix() * weights).sum(), matrix.logits)
+    (found,) = torch.autograd.grad((matrix() * weights).sum(), matrix.logits)
 
-    log_p = matrix.logits.detach().log_softmax(-1).requires_grad_(True)         # Eq. 7 in loops
-    total = 0
-    for i in range(4):
-        numerators = [torch.exp((log_p[i, j] + noise[i, j]) / tau) for j in range(4)]
-        total = total + sum(weights[i, j] * numerators[j] / sum(numerators) for j in range(4))
-    (g,) = torch.autograd.grad(total, log_p)
+    log_p = matrix.logits.detach().log_softmax(-1).requires_grad_(True)
+    (g,) = torch.autograd.grad((eq7(log_p, noise, tau) * weights).sum(), log_p)
     # Through log p = log_softmax(logits): Eq. 7 sees no constant of a row, so g's rows sum to 0.
-    torch.testing.assert_close(straight_through, g, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found, g, rtol=1e-9, atol=1e-12)
+
+
+def test_the_soft_matrix_is_eq7_in_training_and_hard_in_tests():
+    matrix = PositionMatrix(4, 0.7, soft=True).double()
+    noise = noise_of_next_call(matrix, 3)
+    torch.manual_seed(3)
+    W = matrix()
+    torch.testing.assert_close(W, eq7(matrix.logits.log_softmax(-1), noise, 0.7))
+    for test_position in ("argmax", "sample"):
+        matrix.test_position = test_position
+        assert set(matrix.eval()().flatten().tolist()) == {0.0, 1.0}
+
+
+def test_noise_is_drawn_once_or_at_each_call():
+    torch.manual_seed(4)
+    once, step = PositionMatrix(6, draw="once"), PositionMatrix(6)
+    once.load_state_dict({"logits": step.logits.detach(), "noise": once.noise})
+    torch.manual_seed(5)
+    assert len({str(step().tolist()) for _ in range(20)}) > 1
+    first = once().detach()
+    assert all(torch.equal(first, once().detach()) for _ in range(20))
+    assert first.argmax(-1).tolist() == (once.logits + once.noise).argmax(-1).tolist()
+    assert once.eval()().argmax(-1).tolist() == once.logits.argmax(-1).tolist()         # without it
+    # A run that goes on has the same noise.
+    again = PositionMatrix(6, draw="once")
+    again.load_state_dict(once.state_dict())
+    assert torch.equal(again(), first) and "noise" not in step.state_dict()
 
 
 def test_gumbel_noise_samples_the_probabilities_of_w():
@@ -60,9 +94,10 @@ def test_gumbel_noise_samples_the_probabilities_of_w():
     mean = torch.stack([matrix().detach() for _ in range(4000)]).mean(0)
     four_sigma = 4 * 0.5 / math.sqrt(4000)                                      # of a frequency
     assert (mean - matrix.logits.softmax(-1)).abs().max() < four_sigma
-    noise = position.gumbel_noise(torch.empty(200_000))
-    assert noise.isfinite().all() and noise.mean() == pytest.approx(0.5772, abs=0.02)
-    assert noise.var() == pytest.approx(math.pi ** 2 / 6, abs=0.05)
+    for noise in (position.gumbel_noise(torch.empty(200_000)),
+                  PositionMatrix(450, draw="once").noise):
+        assert noise.isfinite().all() and noise.mean() == pytest.approx(0.5772, abs=0.02)
+        assert noise.var() == pytest.approx(math.pi ** 2 / 6, abs=0.05)
 
 
 def test_noise_stays_finite_where_u_is_1(monkeypatch):
@@ -95,58 +130,74 @@ def test_rearrange_is_eq9_and_moves_repeats_and_drops_tokens():
     for b in range(2):
         for i, j in enumerate([2, 0, 2]):
             assert torch.equal(rearrange(W, tokens)[b, i], tokens[b, j])
-    with pytest.raises(ValueError, match="3 columns for 2 tokens"):
-        rearrange(W, tokens[:, :2])
 
 
 @pytest.mark.parametrize("arrangement, expected", [("before", "A1 A2 V1 V2 V3"),
                                                    ("middle", "V1 A1 A2 V2 V3")])
 def test_fixed_matrix_is_table_8(arrangement, expected):
-    tokens = torch.arange(5.0)[:, None]                                        # V1 V2 V3 A1 A2
-    order = rearrange(fixed_matrix(arrangement, 3, 2), tokens)[:, 0].int().tolist()
+    W = fixed_matrix(arrangement, 3, 2)
+    order = rearrange(W, torch.arange(5.0)[:, None])[:, 0].int().tolist()
     assert [["V1", "V2", "V3", "A1", "A2"][i] for i in order] == expected.split()
+    assert in_words(W, 2) == expected
 
 
-def test_bad_arguments_are_named():
-    assert PositionMatrix(1)().tolist() == [[1.0]]
-    for call, match in [(lambda: PositionMatrix(0), "size must be at least 1, got 0"),
-                        (lambda: PositionMatrix(2, 0), "tau must be positive, got 0"),
-                        (lambda: PositionMatrix(2, math.nan), "tau must be positive, got nan"),
-                        (lambda: PositionMatrix(2, test_position="x"), "'sample', got 'x'"),
-                        (lambda: fixed_matrix("after-class", 2, 1), "got 'after-class'")]:
-        with pytest.raises(ValueError, match=match):
-            call()
+def test_a_matrix_in_words_names_tokens_by_column_and_says_where_no_anchor_is_used():
+    assert token_names(5, 2) == ["V1", "V2", "V3", "A1", "A2"]
+    rows = [[0, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
+    assert in_words(rows) == "V2 V1 V2 A1"
+    assert in_words(torch.tensor(rows), n_anchor=2) == "V2 V1 V2 A2"
+    assert in_words(torch.eye(3)[[1, 0, 0]]) == "V2 V1 V1; the anchor is not used"
 
 
-def test_plot_writes_a_picture(tmp_path):
+@pytest.mark.parametrize("call, named", [
+    (lambda: PositionMatrix(0), "0, 1.0"), (lambda: PositionMatrix(2, 0), "2, 0"),
+    (lambda: PositionMatrix(2, math.nan), "nan"),
+    (lambda: PositionMatrix(2, test_position="x"), "'x'"),
+    (lambda: fixed_matrix("after-class", 2, 1), "'after-class'"),
+    (lambda: rearrange(torch.eye(3), torch.zeros(2, 4)), "3 columns for 2 tokens")])
+def test_bad_arguments_are_named(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
+
+
+# ---------------------------------------------------------------------------- Fig. 4
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would be written, so that tests can look into them."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    found = []
+    monkeypatch.setattr(figure, "savefig", lambda self, path: found.append(self))
+    return found
+
+
+def test_plot_writes_a_picture_in_the_format_of_its_name(tmp_path):
     pytest.importorskip("matplotlib")
-    panels = {"a": torch.eye(3), "b": [[0, 1], [1, 0]]}
-    position.plot_position_matrix(panels, tmp_path / "w.png", n_anchor=1)
-    assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
     position.plot_position_matrix(torch.eye(3)[[2, 0, 0]], tmp_path / "w.svg", 1, "CoOp")
-    assert (tmp_path / "w.svg").stat().st_size > 1000
-
-
-def test_many_matrices_of_several_lengths_go_into_rows_of_five(tmp_path):
-    pytest.importorskip("matplotlib")
+    assert "<svg" in (tmp_path / "w.svg").read_text()
+    # Seven panels of several lengths: five in a row.
     panels = {f"run {i}": torch.eye(2 + i) for i in range(7)}
     position.plot_position_matrix(panels, tmp_path / "w.png", {name: 1 for name in panels})
     with Image.open(tmp_path / "w.png") as picture:
-        assert picture.size == (1340, 600)                      # 5 x 2.6 + 0.4 by 2 x 3 inches
+        assert picture.format == "PNG"
+        assert picture.size == (5 * 3.2 * 200, 2 * 3.8 * 200)
 
 
-def test_plot_names_rows_columns_and_entries(tmp_path, monkeypatch):
+def test_plot_names_rows_columns_and_entries_and_says_in_words_what_w_does(drawn):
     """Fig. 4: columns are tokens of the original sequence, rows positions in the prompt."""
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    drawn = []
-    monkeypatch.setattr(figure, "savefig", lambda self, path: drawn.append(self))
-    position.plot_position_matrix(torch.eye(3)[[2, 0, 0]], tmp_path / "w.png", n_anchor=1)
-    axes, = drawn[0].axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["V1", "V2", "A1"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2", "3"]
-    ones = [text.get_position() for text in axes.texts if text.get_text() == "1"]
+    panels = {"a": torch.eye(3)[[2, 0, 0]], "b": [[0, 1, 0], [0, 1, 0], [1, 0, 0]]}
+    position.plot_position_matrix(panels, "w.png", {"a": 1, "b": 2})
+    first, second = drawn[0].axes[:2]
+    assert [label.get_text() for label in first.get_xticklabels()] == ["V1", "V2", "A1"]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["1", "2", "3"]
+    ones = [text.get_position() for text in first.texts if text.get_text() == "1"]
     assert ones == [(2, 0), (0, 1), (0, 2)]                                     # (column, row)
+    assert "A1 V1 V1" in first.get_xlabel() and first.get_title() == "a"
+    assert [label.get_text() for label in second.get_xticklabels()] == ["V1", "A1", "A2"]
+    assert "A1 A1 V1" in second.get_xlabel() and second.get_title() == "b"
 
+
+# ---------------------------------------------------------------------------- copies of the modules
 
 ALONE = {
     ("losses",): """
