@@ -4,7 +4,7 @@ W is (K, K) with K = M + N (M soft tokens, N anchor tokens). Row i is a position
 prompt, column j a token of the original sequence [V_1]..[V_M][Anc_1]..[Anc_N]; a 1 at (i, j) puts
 token j at position i. Rows are chosen one by one, so a token may be repeated or dropped (Sec. 4.2).
 W is the hard matrix of Eq. 6; W-hat, its softened form of Eq. 7, serves the gradient alone: this is
-Algorithm 1's `hard=True`. Eq. 9 as printed multiplies by W-hat; soft=True is that reading.
+Algorithm 1's `hard=True`. Eq. 9 as printed multiplies by W-hat; soft_W=True is that reading.
 
 This module needs torch alone (matplotlib only when a picture is drawn): copy it into any codebase.
 """
@@ -28,17 +28,17 @@ class PositionMatrix(nn.Module):
     size: K = M + N.
     tau: the temperature of Eq. 7, > 0; smaller is sharper (Tab. S3 tries 0.1 to 4).
     test_position: "argmax", or "sample": with noise in eval mode too, as the authors' code does.
-    soft: W-hat in value, too, in training: Eq. 9 as printed.
+    soft_W: W-hat in value, too, in training: Eq. 9 as printed.
     draw: "step", or "once": one noise for the whole training, as Algorithm 1 shows it.
     Raises ValueError for a size below 1, a tau that is not positive, or another test_position.
     """
 
-    def __init__(self, size, tau=1.0, test_position="argmax", soft=False, draw="step"):
+    def __init__(self, size, tau=1.0, test_position="argmax", soft_W=False, draw="step"):
         super().__init__()
         if size < 1 or not tau > 0 or test_position not in ("argmax", "sample"):
             raise ValueError("PositionMatrix: size must be at least 1, tau positive, test_position "
                              f"'argmax' or 'sample', not {size}, {tau}, {test_position!r}")
-        self.tau, self.test_position, self.soft = tau, test_position, soft
+        self.tau, self.test_position, self.soft_W = tau, test_position, soft_W
         # Algorithm 1: pos_params = randn(N + M, N + M). Row i holds log p^i up to a constant, which
         # neither the arg-max of Eq. 6 nor the softmax of Eq. 7 can see.
         self.logits = nn.Parameter(torch.randn(size, size))
@@ -57,7 +57,7 @@ class PositionMatrix(nn.Module):
         noise = gumbel_noise(self.logits) if self.noise is None else self.noise
         scores = self.logits + noise                                # log p_j^i + eps_j
         soft = soft_assignment(scores, self.tau)                    # Eq. 7
-        if self.soft and self.training:
+        if self.soft_W and self.training:
             return soft
         hard = hard_assignment(scores)                              # Eq. 6
         return hard + (soft - soft.detach())        # the bracket is exactly 0: Eq. 6, to the bit

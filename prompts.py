@@ -718,7 +718,6 @@ def build_learner(settings, clip_model, class_names, anchor_tokens=None):
     else:
         check_width(clip_model, anchor_tokens)
         matrix = {key: settings[key] for key in ("tau", "test_position", "soft_W", "draw")}
-        matrix["soft"] = matrix.pop("soft_W")
         template = AnchorTemplate(clip_model, M, anchor_tokens, settings["arrangement"], **matrix)
         if settings["feature_at"] == "released":
             options["read_back"] = len(anchor_tokens)

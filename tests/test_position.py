@@ -49,7 +49,7 @@ def test_position_matrix_forward_is_eq6():
 @pytest.mark.parametrize("tau", [0.1, 1.0, 4.0])
 def test_gradient_of_the_hard_and_of_the_soft_matrix_is_that_of_eq7(tau, soft):
     torch.manual_seed(1)
-    matrix = PositionMatrix(4, tau, soft=soft).double()
+    matrix = PositionMatrix(4, tau, soft_W=soft).double()
     weights = torch.randn(4, 4, dtype=torch.float64)
     noise = noise_of_next_call(matrix, 7)
     torch.manual_seed(7)
@@ -62,7 +62,7 @@ def test_gradient_of_the_hard_and_of_the_soft_matrix_is_that_of_eq7(tau, soft):
 
 
 def test_the_soft_matrix_is_eq7_in_training_and_hard_in_tests():
-    matrix = PositionMatrix(4, 0.7, soft=True).double()
+    matrix = PositionMatrix(4, 0.7, soft_W=True).double()
     noise = noise_of_next_call(matrix, 3)
     torch.manual_seed(3)
     W = matrix()
