@@ -501,7 +501,9 @@ def default_settings(dataset, baseline, template, classes="base", one_stage=Fals
     settings = {key: cell[key] for key in ("dataset", "baseline", "template")}
     for key, setting in SETTINGS.items():
         if has(cell, setting.of):
-            settings[key] = row[key] if setting.default is ROW else setting.default
+            settings[key] = row.get(key) if setting.default is ROW else setting.default
+            if settings[key] is None:
+                raise ValueError(f"assets/settings.csv has no {key} for {cell}")
     settings["classes"] = classes
     if "one_stage" in settings:
         settings["one_stage"] = one_stage
