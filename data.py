@@ -754,6 +754,7 @@ def load_descriptions(path, class_names, max_descriptions=10):
     """
     found = read_json_object(path)
     keys = group_by(words, found)
+    keys.pop((), None)                          # "//" is no class's
     # All classes are gone through before anything is raised: one run names all that is wrong.
     chosen, wrong = {}, []
     for name in dict.fromkeys(class_names):
@@ -854,8 +855,9 @@ def load_image(path, upright=False):
             if upright:
                 image = ImageOps.exif_transpose(image)
             return image.convert("RGB")
-    # SyntaxError: a broken PNG
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:                  # decoders have many words for a broken file
         raise BadImage(f"image {path} cannot be read ({' '.join(str(error).split())})") from None
 
 
@@ -864,7 +866,7 @@ def check_pictures(items):
     bad = []
     for item in tqdm(items, desc="opening pictures", unit="image", leave=False, disable=None):
         try:
-            load_image(item.source)
+            load_image(item.source, item.upright)
         except BadImage as error:
             bad.append(str(error))
     if bad:
@@ -938,12 +940,13 @@ def epoch_features(images, epochs, encode, kept=None, keep_crops=False, workers=
         batches = iter(loader(images, to_load, workers=workers))
     for epoch in epochs:
         f = kept.read(epoch) if kept is not None else None
-        own = []                                            # the batches of this epoch
+        own = ()                                            # the batches of this epoch
         if epoch in to_load:
             own = itertools.islice(batches, n_batches)
         elif f is None:                                     # what was kept turns out damaged
             own = loader(images, [epoch], workers=workers)
-        bar = tqdm(own, total=n_batches, desc="images", leave=False, disable=None if own else True)
+        nothing = True if own == () else None               # None: only where there is a terminal
+        bar = tqdm(own, total=n_batches, desc="images", leave=False, disable=nothing)
 
         # The frozen tower, in large batches; its crops are kept only where the method prompts it.
         crops, new = [], []
@@ -1165,7 +1168,8 @@ def describe(args):
     dataset = load_dataset(args.dataset, args.root)
     output = args.output or f"descriptions-{dataset.name}.json"
     found = read_json_object(output) if os.path.isfile(output) else {}
-    done = {words(name) for name, sentences in found.items() if sentences}
+    found = {name: sentences for name, sentences in found.items() if sentences}
+    done = set(map(words, found))
     every = list(dict.fromkeys(dataset.class_names))
     wanted = [name for name in every if words(name) not in done]
     for name in tqdm(wanted, desc=f"describing {dataset.name}", unit="class"):

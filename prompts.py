@@ -955,7 +955,9 @@ def _load_huggingface(folder):
         model.load_state_dict(state)
     except ImportError:
         raise ValueError(f"{folder} has safetensors: pip install safetensors") from None
-    except (OSError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:              # a config may say anything
         raise ValueError(f"{folder} holds no CLIPModel of HuggingFace ({_short(error)})") from error
     return model
 

@@ -4,6 +4,7 @@
 through CLIP's own residual blocks. Everything here uses `clip` alone, nothing of the project's.
 """
 
+import os
 import warnings
 
 import torch
@@ -124,8 +125,8 @@ def encode_image_prompted(model, images, tokens):
 # ---------------------------------------------------------------------------- a CLIP by hand
 # From a state dict and the formulas, with any activation and heads: nothing of `clip` is used.
 
-def random_state(d_t, d_v, mlp=4, layers=2, d=32, patch=8, grid=3, seed=0):
-    """A random state dict with OpenAI's keys. mlp: how many times as wide the MLPs are."""
+def random_state(d_t, d_v, layers=2, d=32, patch=8, grid=3, seed=0):
+    """A random state dict with OpenAI's keys."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -140,7 +141,7 @@ def random_state(d_t, d_v, mlp=4, layers=2, d=32, patch=8, grid=3, seed=0):
              "visual.conv1.weight": random(d_v, 3, patch, patch),
              **norm("ln_final", d_t), **norm("visual.ln_pre", d_v), **norm("visual.ln_post", d_v)}
     for tower, width in (("transformer", d_t), ("visual.transformer", d_v)):
-        hidden = int(mlp * width)
+        hidden = 4 * width
         for i in range(layers):
             name = f"{tower}.resblocks.{i}"
             state |= {**norm(f"{name}.ln_1", width), **norm(f"{name}.ln_2", width),
@@ -211,3 +212,46 @@ def images_by_hand(state, images, heads, activation):
         x = tower_by_hand(state, "visual.transformer", x, heads, activation, causal=False)
         features.append(norm_by_hand(state, "visual.ln_post", x[0]) @ state["visual.proj"])
     return torch.stack(features)
+
+
+def as_huggingface(state):
+    """A state dict with OpenAI's keys under those of transformers' CLIPModel."""
+    names = {"visual.transformer.resblocks.": "vision_model.encoder.layers.",
+             "transformer.resblocks.": "text_model.encoder.layers.", "ln_1": "layer_norm1",
+             "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+             "visual.class_embedding": "vision_model.embeddings.class_embedding",
+             "visual.conv1": "vision_model.embeddings.patch_embedding",
+             "visual.ln_pre": "vision_model.pre_layrnorm",
+             "visual.ln_post": "vision_model.post_layernorm",
+             "ln_final": "text_model.final_layer_norm",
+             "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+             "token_embedding": "text_model.embeddings.token_embedding"}
+    theirs = {"text_projection.weight": state["text_projection"].T.contiguous(),
+              "visual_projection.weight": state["visual.proj"].T.contiguous(),
+              "text_model.embeddings.position_ids": torch.arange(77)[None],
+              "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
+              "logit_scale": state["logit_scale"]}
+    for key, value in state.items():
+        if key in ("text_projection", "visual.proj", "positional_embedding", "logit_scale"):
+            continue
+        for ours, name in names.items():
+            key = key.replace(ours, name)
+        key = key.replace(".attn.", ".self_attn.")
+        if "in_proj_" in key:
+            for name, part in zip("qkv", value.chunk(3)):
+                theirs[key.replace("in_proj_", f"{name}_proj.")] = part.clone()
+        else:
+            theirs[key] = value
+    return theirs
+
+
+# ---------------------------------------------------------------------------- files of others
+
+class Trap:
+    """What a file of others may hold: to unpickle it would run code, and make a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)

@@ -1,15 +1,16 @@
 """Eq. 4, anchor files (our own and the authors' released ones), the words nearest to an anchor."""
 
 import collections
-import os
 import pathlib
 import pickle
 
 import pytest
 import torch
 
+import prompts
+import worlds
 from anchor import AnchorPrompt, anchor_features, load_anchor, nearest_words, save_anchor
-from reference import NAMES, TOKENIZER, encode_77, relative, tiny_clip, unit
+from reference import NAMES, TOKENIZER, Trap, encode_77, relative, tiny_clip, unit
 
 MODEL = tiny_clip(dtype=torch.float64)
 RELEASED = pathlib.Path(__file__).parents[2] / "shared" / "released_anchors" / "eurosat.pth.tar"
@@ -35,7 +36,13 @@ def test_anchor_tokens_start_small_and_in_float32():
     assert AnchorPrompt(MODEL, ["ant"]).tokens.shape == (1, 128)
 
 
-def test_class_chunk_changes_no_anchor_feature_and_no_gradient():
+def test_class_chunk_changes_no_anchor_feature_and_no_gradient(monkeypatch):
+    sizes, encode = [], prompts._encode_classes
+
+    def noted(clip_model, contexts, suffix, *rest):
+        sizes.append(len(suffix))
+        return encode(clip_model, contexts, suffix, *rest)
+    monkeypatch.setattr(prompts, "_encode_classes", noted)
     found = []
     for class_chunk in (0, 2):
         torch.manual_seed(0)
@@ -44,6 +51,7 @@ def test_class_chunk_changes_no_anchor_feature_and_no_gradient():
         found.append((features, torch.autograd.grad(features[:, 0].sum(), prompt.tokens)[0]))
     for whole, chunked in zip(*found):
         assert relative(chunked, whole) < 1e-12
+    assert sizes[:4] == [5, 2, 2, 1]
 
 
 @pytest.mark.parametrize("preposition", ["of", "none"])
@@ -62,26 +70,23 @@ def test_set_classes_rebinds_the_same_anchor():
     assert torch.equal(prompt.set_classes(["rhino"])(), AnchorPrompt(MODEL, ["rhino"], 2)())
 
 
-def test_bad_anchors_are_named():
-    with pytest.raises(ValueError, match="at least one"):
+def test_an_anchor_has_at_least_one_token():
+    with pytest.raises(ValueError, match="at least one.*0"):
         AnchorPrompt(MODEL, NAMES, 0)
-    with pytest.raises(ValueError, match="too long.*shorten: 'ant ant") as error:
-        AnchorPrompt(MODEL, ["rhino", "ant " * 76], 1)
-    assert "rhino" not in str(error.value)
 
 
 @pytest.mark.parametrize("n_anchor, preposition, room", [(1, "of", 72), (3, "because of", 69),
                                                          (2, None, 72)])
-def test_the_longest_class_name_that_fits_works_and_one_token_more_is_refused(n_anchor, preposition,
-                                                                             room):
+def test_the_longest_class_name_fits_and_one_token_more_is_named(n_anchor, preposition, room):
     longest = " ".join(["ant"] * room)      # [SOS] + N + preposition + name + "." + [EOT] = 77
     prompt = AnchorPrompt(MODEL, ["ant", longest], n_anchor, preposition).double()
     words = TOKENIZER.encode(preposition or "")
     t_anc = torch.cat([prompt.tokens, MODEL.token_embedding.weight[words]])
     assert 1 + len(t_anc) + room + 2 == 77
     assert relative(prompt(), unit(encode_77(MODEL, t_anc, ["ant", longest]))) < 1e-12
-    with pytest.raises(ValueError, match=f"CLIP's 77 tokens, of which {room + 1} are left"):
-        AnchorPrompt(MODEL, ["ant", longest + " ant"], n_anchor, preposition)
+    with pytest.raises(ValueError) as error:
+        AnchorPrompt(MODEL, ["yak", longest + " ant"], n_anchor, preposition)
+    assert "yak" not in worlds.one_line(error, longest, room + 1)
 
 
 def test_saved_anchors_come_back_with_their_settings(tmp_path):
@@ -123,58 +128,45 @@ def test_the_authors_eurosat_anchor_loads():
     assert tokens.abs().max() > 0 and settings == {}
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
+def refused(path, *facts):
+    with pytest.raises(ValueError) as error:
+        load_anchor(path)
+    worlds.one_line(error, path, *facts)
 
 
-@pytest.mark.parametrize("beside", ["alone", "beside an anchor"])
+@pytest.mark.parametrize("beside", [False, True])
 def test_a_pickle_with_other_globals_is_refused_and_nothing_runs(tmp_path, beside):
-    trap = Malicious(str(tmp_path / "executed"))
-    content = trap
-    if beside == "beside an anchor":
-        content = {"state_dict": {"anchor_ctx_1": torch.zeros(1, 4)}, "scheduler": trap}
+    content = Trap(tmp_path / "ran")
+    if beside:
+        content = {"state_dict": {"anchor_ctx_1": torch.zeros(1, 4)}, "scheduler": content}
     torch.save(content, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"nothing in it was run: it asks for (posix|nt)\.mkdir"):
-        load_anchor(tmp_path / "bad.pt")
-    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(trap))
-    with pytest.raises(ValueError, match="plain.pkl could not be read.* nothing in it was run"):
-        load_anchor(tmp_path / "plain.pkl")
-    assert not (tmp_path / "executed").exists()
+    refused(tmp_path / "bad.pt", "mkdir")
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(content))
+    refused(tmp_path / "plain.pkl")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_flipped_bit_is_found(tmp_path):
     save_anchor(tmp_path / "anchor.pt", torch.ones(4, 512), {})
     content = bytearray((tmp_path / "anchor.pt").read_bytes())
-    place = content.find(torch.ones(100).numpy().tobytes())
-    content[place] ^= 1
+    content[content.find(torch.ones(100).numpy().tobytes())] ^= 1
     (tmp_path / "anchor.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="nothing in it was run: damaged"):
-        load_anchor(tmp_path / "anchor.pt")
+    refused(tmp_path / "anchor.pt")
 
 
 TOKENS = torch.zeros(1, 4)
 
 
-@pytest.mark.parametrize("content, what", [
-    ({"a": 1}, "no anchor tokens"), ([1], "no anchor tokens"),
-    ({"anchor_tokens": torch.zeros(3)}, "no anchor tokens"),
-    ({"anchor_tokens": torch.zeros(0, 4)}, "no anchor tokens"),
-    ({"anchor_tokens": torch.zeros(1, 4, dtype=torch.long)}, "no anchor tokens"),
-    ({"anchor_tokens": torch.zeros(1, 4).to_sparse()}, "no anchor tokens"),
-    ({"anchor_tokens": torch.zeros(1, 4, device="meta")}, "no anchor tokens"),
-    ({"anchor_tokens": torch.full((1, 4), float("nan"))}, "no anchor tokens"),
-    ({"anchor_tokens": "text"}, "no anchor tokens"),
-    ({"state_dict": {"x": torch.zeros(1)}}, "no anchor tokens"),
-    ({"state_dict": {"anchor_ctx": TOKENS, "anchor_ctx_2": torch.zeros(1, 5)}}, "different widths"),
-    ({"anchor_tokens": TOKENS, "settings": [1]}, "settings are no dict")])
-def test_files_without_anchor_tokens_are_named(tmp_path, content, what):
+@pytest.mark.parametrize("content", [
+    {"a": 1}, [1], {"anchor_tokens": TOKENS}, {"anchor_tokens": TOKENS, "settings": 1},
+    *({"anchor_tokens": wrong, "settings": {}} for wrong in (
+        TOKENS[0], TOKENS[:0], torch.tensor([[0, float("nan")]]),
+        torch.tensor([[0, float("inf")]]), "text")),
+    {"state_dict": {"x": TOKENS}},
+    {"state_dict": {"anchor_ctx": TOKENS, "anchor_ctx_2": torch.zeros(1, 5)}}])
+def test_files_without_anchor_tokens_are_refused_with_their_path(tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=f"other.pt holds .*{what}"):
-        load_anchor(tmp_path / "other.pt")
+    refused(tmp_path / "other.pt")
 
 
 def test_nearest_words_of_a_words_own_embedding_start_with_that_word():

@@ -3,21 +3,20 @@
 import http.server
 import json
 import os
-import multiprocessing
 import pathlib
-import re
 import pickle
 import random
-import stat
+import re
 import shutil
-import subprocess
+import struct
 import sys
 import threading
 import traceback
-import types
+import zlib
 
 import clip.clip
 import numpy as np
+import PIL.EpsImagePlugin
 import pytest
 import torch
 from PIL import Image
@@ -27,189 +26,129 @@ import prompts
 import worlds
 from worlds import one_line
 
-ROOT = pathlib.Path(data.__file__).resolve().parent
-SHARED = ROOT.parent / "shared" / "descriptions"
-CLASS_NAMES = ROOT.parent / "shared" / "class_names"
-JSON_SETS = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "sun397",
-             "dtd", "eurosat", "ucf101"]
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Aliases files are written to the current directory: not into the repository."""
-    monkeypatch.chdir(tmp_path)
+JSON_SETS = list(worlds.LAYOUTS)
+OWN_SPLIT_SETS = ["caltech101", "dtd", "eurosat", "food101"]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """All fifteen trees under one read-only root: (root, dict name -> class names)."""
+    """All fifteen trees under one root, where nothing is written: (root, name -> class names)."""
     root = tmp_path_factory.mktemp("data")
     names = {name: tree(root, per_class=8, **({"classes": 10} if name == "caltech101" else {}))
              for name, tree in worlds.TREES.items()}
-    folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
-    for folder in folders:
-        folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    before = sorted(map(str, root.rglob("*")))
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     yield str(root), names
-    for folder in folders:
-        folder.chmod(stat.S_IRWXU)
-    assert sorted(map(str, root.rglob("*"))) == before  # root ignores modes, so look as well
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def failure(function, *arguments, kind=ValueError):
+    """The one line of the error that a call ends in."""
+    with pytest.raises(kind) as error:
+        function(*arguments)
+    return one_line(error)
+
+
+def refused(name, root, *parts):
+    """The one line that loading a dataset ends in; it holds all `parts`."""
+    line = failure(data.load_dataset, name, root, kind=(ValueError, FileNotFoundError))
+    return one_line(line, *parts)
+
+
+def counts(dataset):
+    """Images of each class in train, val and test."""
+    return [np.bincount([item.label for item in items], minlength=len(dataset.class_names)).tolist()
+            for items in (dataset.train, dataset.val, dataset.test)]
 
 
 # ---------------------------------------------------------------------------- the fifteen layouts
 
-def test_table_has_the_fifteen_datasets_and_toy():
+def test_there_are_the_fifteen_datasets_and_toy_which_needs_no_root(world, monkeypatch):
     assert set(data.DATASETS) == set(worlds.TREES) | {"toy"}
     assert all(row.prompt.count("{}") == 1 for row in data.DATASETS.values())
+    dataset = data.load_dataset("toy", "/nowhere")
+    assert len(dataset.class_names) == 48 and dataset.notes == []
+    assert dataset.test[0].source.startswith(os.path.join(data.ASSETS, "toy", "images"))
+    monkeypatch.setenv("DATA", world[0])
+    assert len(data.load_dataset("eurosat").class_names) == 10
 
 
 @pytest.mark.parametrize("name", worlds.TREES)
 def test_layout_is_read_with_the_right_counts_and_names(world, name):
     root, names = world
     dataset = data.load_dataset(name, root)
-    n = len(names[name])
-    assert dataset.name == name and dataset.class_names == names[name]
-    sizes = {
-        "imagenet": (8, 0, 4),
-        "imagenetv2": (0, 0, 8),
-        "imagenet_sketch": (0, 0, 8),
-        "imagenet_a": (0, 0, 8),
-        "imagenet_r": (0, 0, 8),
-    }.get(name, (4, 2, 2))
-    for items, per_class in zip((dataset.train, dataset.val, dataset.test), sizes):
-        assert (
-            np.bincount([item.label for item in items], minlength=n).tolist() == [per_class] * n
-        )
-    sources = [
-        item.source for items in (dataset.train, dataset.val, dataset.test) for item in items
-    ]
-    assert len(set(sources)) == len(sources) and all(os.path.isfile(source) for source in sources)
-    assert not any(os.path.basename(source).startswith(".") for source in sources)
-    full = {"eurosat": 10}.get(name)
-    assert all("classes found" in note for note in dataset.notes) and len(dataset.notes) == (
-        0 if full else 1
-    )
+    assert (dataset.name, dataset.class_names) == (name, names[name])
+    assert dataset.folder == os.path.join(root, data.DATASETS[name].folder)
+    test_only = (0, 0, 8)
+    a_class = {"imagenet": (8, 0, 4), "imagenetv2": test_only, "imagenet_sketch": test_only,
+               "imagenet_a": test_only, "imagenet_r": test_only}.get(name, (4, 2, 2))
+    assert counts(dataset) == [[n] * len(names[name]) for n in a_class]
+    items = dataset.train + dataset.val + dataset.test
+    sources = {item.source for item in items}
+    assert len(sources) == len(items) and all(map(os.path.isfile, sources))
+    assert not any(item.upright for item in items)
+    if name == "eurosat":                                   # the one tree that is whole
+        assert dataset.notes == []
+    else:
+        (note,) = dataset.notes
+        one_line(note, f"{len(names[name])} classes found", data.DATASETS[name].classes)
+    assert data.few_shot_task(dataset).comparable == (name == "eurosat")
 
 
 def test_labels_follow_the_images_not_the_names(world):
     """The generated images carry their label in their colour: every item must agree with it."""
-    root, names = world
     for name in worlds.TREES:
-        for item in data.load_dataset(name, root).test:
-            mean = np.asarray(data.load_image(item.source), float).mean((0, 1))
+        dataset = data.load_dataset(name, world[0])
+        for item in dataset.train[::3] + dataset.test:
             with Image.open(item.source) as image:
                 if image.mode == "RGB":
+                    mean = np.asarray(image, float).mean((0, 1))
                     expected = (np.array([37, 91, 151]) * item.label) % 200 + 27.5
                     assert np.abs(mean - expected).max() < 9, (name, item)
 
 
 def test_class_names_are_those_worked_out_by_hand(world):
-    root, _ = world
-    names = {name: data.load_dataset(name, root).class_names for name in worlds.TREES}
-    assert names["caltech101"] == [
-        "face",
-        "leopard",
-        "motorbike",
-        "accordion",
-        "airplane",
-        "anchor",
-        "ant",
-        "barrel",
-        "bass",
-        "beaver",
-    ]
-    assert names["stanford_cars"][2] == "2012 Ram C/V Cargo Van Minivan"
-    assert names["oxford_flowers"][2] == "colt's foot"
-    assert names["fgvc_aircraft"] == [
-        "707-320",
-        "A300B4",
-        "Cessna 172",
-        "DC-10",
-        "F-16A/B",
-        "F/A-18",
-        "Tu-154",
-    ]
-    assert names["sun397"][1:4] == [
-        "airplane cabin",
-        "outdoor apartment building",
-        "indoor bazaar",
-    ]
-    assert names["ucf101"] == [
-        "Apply Eye Makeup",
-        "Apply Lipstick",
-        "Archery",
-        "Baby Crawling",
-        "Yo Yo",
-    ]
-    by_wnid = [
-        "tench",
-        "goldfish",
-        "kite (bird of prey)",
-        "pug",
-        "chain",
-        "jack-o'-lantern",
-        "missile",
-        "missile",
-        "sunglasses",
-        "sunglasses",
-    ]
+    names = {name: data.load_dataset(name, world[0]).class_names for name in worlds.TREES}
+    assert names["sun397"][1:4] == ["airplane cabin", "outdoor apartment building",
+                                    "indoor bazaar"]
+    by_wnid = ["tench", "goldfish", "kite (bird of prey)", "pug", "chain", "jack-o'-lantern",
+               "missile", "missile", "sunglasses", "sunglasses"]
     assert names["imagenet"] == names["imagenet_sketch"] == by_wnid
-    assert names["imagenetv2"][:4] == ["tench", "missile", "goldfish", "missile"]  # line order
+    assert names["imagenetv2"][:4] == ["tench", "missile", "goldfish", "missile"]   # line order
     assert names["imagenet_a"] == ["goldfish", "pug", "jack-o'-lantern", "missile", "sunglasses"]
     assert names["imagenet_r"] == ["tench", "kite (bird of prey)", "chain", "missile", "sunglasses"]
 
 
-def test_two_imagenet_classes_of_one_name_stay_two(world):
-    root, _ = world
-    dataset = data.load_dataset("imagenet", root)
-    folders = {item.label: os.path.basename(os.path.dirname(item.source)) for item in dataset.train}
-    assert folders[6] == "n03773504" and folders[7] == "n04008634"
-    assert [folders[label] for label in range(10)] == sorted(worlds.IMAGENET)
-
-
-@pytest.mark.parametrize(
-    "tree, images",
-    [
-        (worlds.imagenetv2_tree, "imagenetv2"),
-        (worlds.imagenetv2_tree, ""),
-        (worlds.imagenet_sketch_tree, "sketch"),
-    ],
-)
-def test_mirrors_with_other_folder_names_are_read(tmp_path, tree, images):
-    names = tree(tmp_path, images=images)
-    assert data.load_dataset(tree.__name__.removesuffix("_tree"), tmp_path).class_names == names
-
-
-def test_variants_borrow_imagenets_classnames(tmp_path):
+@pytest.mark.parametrize("name, images", [("imagenetv2", "imagenetv2"), ("imagenetv2", ""),
+                                          ("imagenet_sketch", "sketch")])
+def test_mirrors_with_other_folders_and_without_classnames_are_read(tmp_path, name, images):
+    names = worlds.TREES[name](tmp_path, images=images)
+    assert data.load_dataset(name, tmp_path).class_names == names
     worlds.imagenet_tree(tmp_path)
-    names = worlds.imagenet_sketch_tree(tmp_path)
-    (tmp_path / "imagenet-sketch" / "classnames.txt").unlink()
-    assert data.load_dataset("imagenet_sketch", tmp_path).class_names == names
+    (tmp_path / data.DATASETS[name].folder / "classnames.txt").unlink()
+    assert data.load_dataset(name, tmp_path).class_names == names
 
 
-def test_the_hundred_caltech101_classes(tmp_path):
-    names = worlds.caltech101_tree(tmp_path, per_class=4)
-    dataset = data.load_dataset("caltech101", str(tmp_path))
-    assert dataset.class_names == names and len(set(names)) == 100 and dataset.notes == []
-    base, novel = data.split_base_novel(names)
-    assert (
-        len(base) == len(novel) == 50
-        and names[base[0]] == "face"
-        and names[novel[-1]] == "yin yang"
-    )
+COOPS_CLASSES = """
+    ImageNet Caltech101 OxfordPets StanfordCars OxfordFlowers Food101 FGVCAircraft SUN397
+    DescribableTextures EuroSAT UCF101 ImageNetV2 ImageNetSketch ImageNetA ImageNetR""".split()
 
 
-def test_toy_needs_no_root():
-    dataset = data.load_dataset("toy", "/nowhere")
-    base, novel = data.split_base_novel(dataset.class_names)
-    assert min(len(base), len(novel)) >= 20 and dataset.train and dataset.val and dataset.test
-    assert data.load_image(dataset.test[0].source).mode == "RGB" and dataset.notes == []
-    assert os.path.dirname(dataset.test[0].source).startswith(os.path.join(data.ASSETS, "toy"))
+@pytest.mark.parametrize("said, name", [
+    ("Caltech-101", "caltech101"), ("caltech 101", "caltech101"), ("Food_101", "food101"),
+    *zip(COOPS_CLASSES, data.DATASETS)])
+def test_a_dataset_may_be_named_as_the_field_names_it(world, said, name):
+    assert data.load_dataset(said, world[0]).name == name
 
 
-def test_root_comes_from_the_environment_by_default(world, monkeypatch):
-    monkeypatch.setenv("DATA", world[0])
-    assert len(data.load_dataset("eurosat").class_names) == 10
+def test_split_files_that_were_written_on_windows_are_read(tmp_path):
+    worlds.sun397_tree(tmp_path)
+    expected = data.load_dataset("sun397", tmp_path)
+    file = tmp_path / "sun397" / "split_zhou_SUN397.json"
+    split = json.loads(file.read_text())
+    for row in split["train"] + split["test"]:
+        row[0] = row[0].replace("/", "\\")
+    file.write_text(json.dumps(split), encoding="utf-8-sig")
+    assert data.load_dataset("sun397", tmp_path) == expected
 
 
 # ---------------------------------------------------------- few-shot picks, base and novel halves
@@ -219,54 +158,47 @@ def coop_picks(rows, shots, val_rows, seed):
     random.seed(seed)
     out = []
     for split, n in ((rows, shots), (val_rows, min(shots, 4))):
-        labels = []
-        for row in split:
-            if row[1] not in labels:
-                labels.append(row[1])
         chosen = []
-        for label in labels:
+        for label in dict.fromkeys(row[1] for row in split):
             group = [row for row in split if row[1] == label]
             chosen.extend(random.sample(group, n) if len(group) >= n else group)
         out.append([(row[0], row[1]) for row in chosen])
     return out
 
 
-@pytest.mark.parametrize("name", JSON_SETS + ["fgvc_aircraft"])
-@pytest.mark.parametrize("shots", [1, 3, 16])
-def test_few_shot_picks_are_coops(world, name, shots):
-    root, _ = world
+@pytest.mark.parametrize("name", [*JSON_SETS, "fgvc_aircraft"])
+def test_few_shot_picks_are_coops(world, name):
     row = data.DATASETS[name]
-    folder, images = pathlib.Path(root, row.folder), pathlib.Path(root, row.folder, row.images[0])
+    folder = pathlib.Path(world[0], row.folder)
     if name == "fgvc_aircraft":
         variants = (folder / "variants.txt").read_text().split("\n")
-        lines = {
-            part: (folder / f"images_variant_{part}.txt").read_text().splitlines()
-            for part in ("train", "val")
-        }
-        split = {
-            part: [[f"{line[:7]}.jpg", variants.index(line[8:])] for line in lines[part]]
-            for part in lines
-        }
+        split = {}
+        for part in ("train", "val"):
+            lines = (folder / f"images_variant_{part}.txt").read_text().splitlines()
+            split[part] = [[f"{line[:7]}.jpg", variants.index(line[8:])] for line in lines]
     else:
         split = json.loads((folder / row.split).read_text())
-    dataset = data.load_dataset(name, root)
+    dataset = data.load_dataset(name, world[0])
     for seed in (1, 2, 3):
-        picks = data.few_shot(dataset.train, dataset.val, shots, seed)
-        expected = coop_picks(split["train"], shots, split["val"], seed)
-        assert [[(item.source, item.label) for item in items] for items in picks] == [
-            [(str(images / path), label) for path, label in rows] for rows in expected]
+        for shots in (1, 3, 16):
+            picks = data.few_shot(dataset.train, dataset.val, shots, seed)
+            expected = coop_picks(split["train"], shots, split["val"], seed)
+            assert [[(item.source, item.label) for item in items] for items in picks] == [
+                [(str(folder / row.images[0] / path), label) for path, label in rows]
+                for rows in expected]
 
 
-def test_few_shot_leaves_the_global_generator_alone_and_has_no_val_for_imagenet(world):
-    dataset = data.load_dataset("imagenet", world[0])
-    random.seed(5)
-    expected = random.random()
-    random.seed(5)
-    train, val = data.few_shot(dataset.train, dataset.val, 4, 1)
-    assert random.random() == expected
-    assert len(train) == 40 and val == []
-    with pytest.raises(ValueError, match="at least 1"):
-        data.few_shot(train, val, 0)
+def test_few_shot_has_four_to_validate_on_and_leaves_the_global_generator_alone():
+    rows = [(f"{i}.jpg", i * i % 7, f"class {i * i % 7}") for i in range(70)]
+    items = [data.Item(path, label) for path, label, _ in rows]
+    for shots in (1, 3, 5, 16):
+        expected = coop_picks(rows, shots, rows[::-1], 2)
+        before = random.getstate()
+        picks = data.few_shot(items, items[::-1], shots, 2)
+        assert random.getstate() == before
+        assert [[(item.source, item.label) for item in each] for each in picks] == expected
+    assert data.few_shot(items, [], 5)[1] == []
+    assert "at least 1" in failure(data.few_shot, items, items, 0)
 
 
 @pytest.mark.parametrize("n, n_base", [(1, 1), (37, 19), (47, 24), (100, 50), (397, 199)])
@@ -276,724 +208,350 @@ def test_base_is_the_first_half_rounded_up(n, n_base):
 
 
 def test_take_relabels_in_the_order_of_labels():
-    items = [data.Item(f"{label}.jpg", label) for label in (3, 0, 4, 1, 3)]
-    assert data.take(items, [3, 4]) == [("3.jpg", 0), ("4.jpg", 1), ("3.jpg", 0)]
-    assert data.take(items, [4, 3]) == [("3.jpg", 1), ("4.jpg", 0), ("3.jpg", 1)]
+    items = [data.Item(f"{label}.jpg", label, True) for label in (3, 0, 4, 1, 3)]
+    assert data.take(items, [3, 4]) == [("3.jpg", 0, True), ("4.jpg", 1, True), ("3.jpg", 0, True)]
+    assert data.take(items, [4, 3]) == [("3.jpg", 1, True), ("4.jpg", 0, True), ("3.jpg", 1, True)]
+
+
+@pytest.fixture
+def zoo():
+    """Five classes with three pictures each to learn on and two to test on; fox has one."""
+    names = ["cat", "dog", "emu", "fox", "gnu"]
+    train, test = ([data.Item(f"/zoo/{name}/{part}{i}.png", label) for i in range(n)
+                    for label, name in enumerate(names) if name != "fox" or i == 0]
+                   for part, n in (("a", 3), ("b", 2)))
+    return data.Dataset(names, train, [], test, [], "zoo", "/zoo")
+
+
+def test_a_task_is_picked_over_all_classes_and_then_cut(zoo):
+    task = data.few_shot_task(zoo, "base", shots=2, seed=3)
+    picked, _ = data.few_shot(zoo.train, [], 2, 3)
+    assert task.base_names == ["cat", "dog", "emu"] and task.novel_names == ["fox", "gnu"]
+    assert task.train == [item for item in picked if item.label < 3]
+    assert task.test_base == [item for item in zoo.test if item.label < 3]
+    assert task.test_novel == [item._replace(label=item.label - 3)
+                               for item in zoo.test if item.label >= 3]
+    assert task.notes == [] and task.comparable
+
+    task = data.few_shot_task(zoo, "all", shots=2, seed=3)
+    assert (task.base_names, task.novel_names) == (zoo.class_names, [])
+    assert (task.train, task.test_base, task.test_novel) == (picked, zoo.test, [])
+    one_line(*task.notes, "1 of 5", "fewer than 2")         # fox; said, but as in published runs
+    assert task.comparable and not data.few_shot_task(zoo._replace(notes=["x"])).comparable
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_one_class_on_a_side_is_no_choice(zoo, n):
+    few = zoo._replace(class_names=zoo.class_names[:n])
+    one_line(failure(data.few_shot_task, few), "zoo", f"{n} classes", "--classes all")
+    assert data.few_shot_task(few, "all").novel_names == []
+
+
+def test_digests_know_names_labels_and_paths_below_the_folder_and_nothing_else(zoo):
+    def digests(dataset, **how):
+        found = data.digests(dataset, data.few_shot_task(dataset, shots=3, **how))
+        return [found[key] for key in ("class names", "training images", "test images")]
+    names, train, test = digests(zoo)
+    elsewhere = {part: [item._replace(source="/new" + item.source) for item in getattr(zoo, part)]
+                 for part in ("train", "test")}
+    assert digests(zoo._replace(folder="/new/zoo", **elsewhere)) == [names, train, test]
+    assert digests(zoo, seed=2)[0::2] == [names, test] and digests(zoo, seed=2)[1] != train
+    for tested in ([zoo.test[0]._replace(label=1), *zoo.test[1:]],                  # base, novel
+                   [*zoo.test[:-1], zoo.test[-1]._replace(source="/zoo/gnu/other.png")]):
+        other = zoo._replace(test=tested)
+        assert digests(other)[:2] == [names, train] and digests(other)[2] != test
+    other = zoo._replace(class_names=["cat", "dog", "emu", "fox", "cow"])
+    assert digests(other)[1:] == [train, test] and digests(other)[0] != names
 
 
 # ------------------------------------------------------------------------------- splits of our own
 
-@pytest.mark.parametrize("name", ["caltech101", "dtd", "eurosat", "food101"])
+def split_by_the_recipe(images, leave_out):
+    """Lists of train, val and test files: half, a fifth, the rest, by Python's shuffle of seed 1.
+
+    https://github.com/KaiyangZhou/CoOp/blob/main/datasets/dtd.py: read_and_split_data
+    """
+    rng, parts = random.Random(1), ([], [], [])
+    for folder in sorted(path for path in images.iterdir() if path.is_dir()):
+        if folder.name not in leave_out:
+            files = sorted(map(str, folder.glob("[!.]*.jpg")))
+            rng.shuffle(files)
+            train, val = round(len(files) / 2), round(len(files) / 5)
+            parts[0].extend(files[:train])
+            parts[1].extend(files[train:train + val])
+            parts[2].extend(files[train + val:])
+    return parts
+
+
+@pytest.mark.parametrize("name", OWN_SPLIT_SETS)
 def test_missing_split_is_made_by_the_fields_recipe_and_says_so(tmp_path, name):
     names = worlds.TREES[name](tmp_path, per_class=11, classes=6)
     row = data.DATASETS[name]
     (tmp_path / row.folder / row.split).unlink()
     before = sorted(tmp_path.rglob("*"))
-    dataset = data.load_dataset(name, str(tmp_path), seed=2)
-    assert sorted(tmp_path.rglob("*")) == before
-    assert dataset.class_names == names  # without BACKGROUND_Google and Faces_easy, renamed
-    assert (
-        "OWN SPLIT" in dataset.notes[0]
-        and "not compare" in dataset.notes[0]
-        and row.split in dataset.notes[0]
-    )
-    rng, images = random.Random(2), tmp_path / row.folder / row.images[0]
-    for label, folder in enumerate(
-        sorted(
-            f.name
-            for f in images.iterdir()
-            if f.is_dir() and f.name not in ("BACKGROUND_Google", "Faces_easy")
-        )
-    ):
-        files = sorted(
-            str(f) for f in (images / folder).iterdir() if f.suffix == ".jpg" and f.name[0] != "."
-        )
-        rng.shuffle(files)
-        for items, expected in zip(
-            (dataset.train, dataset.val, dataset.test), (files[:6], files[6:8], files[8:])
-        ):  # of 11: round(5.5), round(2.2)
-            assert [item.source for item in items if item.label == label] == expected
-    assert data.load_dataset(name, str(tmp_path), seed=3).train != dataset.train
+    dataset = data.load_dataset(name, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before            # nothing is written there
+    assert dataset.class_names == names                     # renamed, and without two folders
+    one_line(dataset.notes[0], "OWN SPLIT", row.split, data.GUIDE)
+    assert not data.few_shot_task(dataset).comparable
+    expected = split_by_the_recipe(tmp_path / row.folder / row.images[0],
+                                   ("BACKGROUND_Google", "Faces_easy"))
+    assert counts(dataset) == [[6] * 6, [2] * 6, [3] * 6]   # of 11: round(5.5), round(2.2)
+    for items, part in zip((dataset.train, dataset.val, dataset.test), expected):
+        assert [item.source for item in items] == part
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "oxford_pets",
-        "stanford_cars",
-        "oxford_flowers",
-        "sun397",
-        "ucf101",
-        "fgvc_aircraft",
-        "imagenet",
-    ],
-)
+@pytest.mark.parametrize("name", [name for name in worlds.TREES if name not in OWN_SPLIT_SETS])
 def test_no_split_is_guessed_for_the_others(tmp_path, name):
     worlds.TREES[name](tmp_path)
     row = data.DATASETS[name]
     (tmp_path / row.folder / row.split).unlink()
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_dataset(name, str(tmp_path))
-    one_line(error, tmp_path / row.folder / row.split, data.GUIDE)
+    refused(name, tmp_path, tmp_path / row.folder / row.split, data.GUIDE)
 
 
-def test_own_split_names_an_empty_class_folder(tmp_path):
-    worlds.dtd_tree(tmp_path)
-    (tmp_path / "dtd" / "split_zhou_DescribableTextures.json").unlink()
-    (tmp_path / "dtd" / "images" / "empty").mkdir()
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_dataset("dtd", str(tmp_path))
-    one_line(error, tmp_path / "dtd" / "images" / "empty", "no images")
+def test_all_seeds_are_tested_on_one_split(tmp_path):
+    worlds.own_folders_tree(tmp_path / "birds", per_class=16)
+    dataset = data.load_dataset(tmp_path / "birds")
+    one, two = (data.few_shot_task(dataset, "base", 2, seed) for seed in (1, 2))
+    assert one.train != two.train
+    assert (one.test_base, one.test_novel) == (two.test_base, two.test_novel)
+    assert not {item.source for item in two.train} & {item.source for item in dataset.test}
 
 
-# -------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------- data that is not right
 
-def test_unknown_dataset_names_the_nearest():
-    with pytest.raises(ValueError) as error:
-        data.load_dataset("caltech", "/nowhere")
-    one_line(error, "caltech101")
-    with pytest.raises(ValueError) as error:
-        data.load_dataset("zzz", "/nowhere")
-    one_line(error, "eurosat", "toy")
+@pytest.mark.parametrize("name, near", [("caltech", ["caltech101"]), ("zzz", ["eurosat", "toy"])])
+def test_an_unknown_dataset_names_the_nearest(name, near):
+    refused(name, "/nowhere", name, *near)
 
 
 @pytest.mark.parametrize("name", worlds.TREES)
-def test_missing_root_and_folder_are_named(tmp_path, name):
+def test_missing_folders_and_images_are_named_with_where_to_get_them(tmp_path, name):
     row = data.DATASETS[name]
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_dataset(name, str(tmp_path / "none"))
-    one_line(error, tmp_path / "none", "--root")
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_dataset(name, str(tmp_path))
-    one_line(error, tmp_path / row.folder, row.source, data.GUIDE)
+    root = tmp_path / "data"
+    line = refused(name, root, root / row.folder, "--root", row.source, data.GUIDE)
+    assert line.count(data.GUIDE) == 1
+    worlds.TREES[name](root)
+    images = root / row.folder / row.images[0]
+    if row.images[0]:
+        images.rename(tmp_path / "moved away")
+        assert "lies at" not in refused(name, root, images, row.source)
 
 
-@pytest.mark.parametrize("name", [name for name in worlds.TREES if data.DATASETS[name].images[0]])
-def test_missing_images_are_named_with_where_to_get_them(tmp_path, name):
-    row = data.DATASETS[name]
-    worlds.TREES[name](tmp_path / "data")
-    images = tmp_path / "data" / row.folder / row.images[0]
-    images.rename(tmp_path / "moved away")
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_dataset(name, str(tmp_path / "data"))
-    message = one_line(error, images, row.source, data.GUIDE)
-    assert message.count(data.GUIDE) == 1 and "move" not in message
-
-
-@pytest.mark.parametrize("name", ["stanford_cars", "sun397"])
-def test_where_the_guides_links_are_dead_the_authors_mirror_is_named(tmp_path, name):
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_dataset(name, str(tmp_path))
-    one_line(error, "HuggingFace dataset zhengli97/prompt_learning_dataset")
-
-
-def good_split():
-    return {
-        "train": [["a.jpg", 0, "a"], ["b.jpg", 1, "b"]],
-        "val": [],
-        "test": [["a2.jpg", 0, "a"], ["b2.jpg", 1, "b"]],
-    }
-
-
-def broken_splits():
-    rows = good_split()
-    yield "<!DOCTYPE html>", "not JSON"
-    yield "[1, 2]", "not a JSON object"
-    yield {"train": rows["train"], "test": rows["test"]}, "train, val and test"
-    yield {**rows, "val": {}}, "train, val and test"
-    yield {**rows, "val": [["a.jpg", "0", "a"]]}, "row 0 of val"
-    yield {**rows, "val": [["a.jpg", True, "a"]]}, "row 0 of val"
-    yield {**rows, "val": [["a.jpg", 0]]}, "row 0 of val"
-    yield {**rows, "val": [None]}, "row 0 of val"
-    yield {**rows, "val": [["a.jpg", 0, "c"]]}, "label 0 is called both 'a' and 'c'"
-    yield {**rows, "val": [["a.jpg", 3, "c"]]}, "label 2"
-    yield {**rows, "val": [["a.jpg", -1, "c"]]}, "label 2"
-    yield {**rows, "val": [["a.jpg", 2, "c"]]}, "no train image of c"
-    yield {**rows, "test": []}, "empty"
-    yield {"train": [], "val": [], "test": []}, "empty"
-
-
-@pytest.mark.parametrize("split, expected", list(broken_splits()))
-def test_broken_split_json_is_refused_in_one_line(tmp_path, split, expected):
-    folder = tmp_path / "stanford_cars"
-    for path, label, _ in sum(good_split().values(), []):
-        worlds.write_image(str(folder / path), label, 0)
-    file = folder / "split_zhou_StanfordCars.json"
-    file.write_text(json.dumps(good_split()))
-    assert data.load_dataset("stanford_cars", str(tmp_path)).class_names == ["a", "b"]
-    file.write_text(split if isinstance(split, str) else json.dumps(split))
-    with pytest.raises(ValueError) as error:
-        data.load_dataset("stanford_cars", str(tmp_path))
-    one_line(error, file, expected)
-
-
-def test_binary_split_is_refused(tmp_path):
-    worlds.dtd_tree(tmp_path)
-    (tmp_path / "dtd" / "split_zhou_DescribableTextures.json").write_bytes(b"\x80\x04\x95\xff")
-    with pytest.raises(ValueError, match="not JSON"):
-        data.load_dataset("dtd", str(tmp_path))
+@pytest.mark.parametrize("name, moved, to", [
+    ("eurosat", "2750", "EuroSAT_RGB"), ("oxford_flowers", "jpg", "flowers/jpg"),
+    ("dtd", "split_zhou_DescribableTextures.json", "labels/split_zhou_DescribableTextures.json"),
+    ("fgvc_aircraft", "variants.txt", "data/variants.txt"),
+    ("imagenet", "images/val/n02110958", "images/val/val/n02110958")])
+def test_what_lies_elsewhere_is_named_with_its_place(tmp_path, name, moved, to):
+    """In the first two the first image is missed; dtd, whose split file is there, gets no other."""
+    worlds.TREES[name](tmp_path)
+    folder = tmp_path / data.DATASETS[name].folder
+    (folder / to).parent.mkdir(exist_ok=True)
+    (folder / moved).rename(folder / to)
+    refused(name, tmp_path, (folder / moved).parent, f"lies at {folder / to}")
 
 
 @pytest.mark.parametrize("name", ["food101", "fgvc_aircraft"])
-def test_split_with_missing_images_counts_them_and_names_the_first(tmp_path, name):
+def test_missing_images_are_counted_and_the_first_is_named(tmp_path, name):
     worlds.TREES[name](tmp_path)
-    dataset = data.load_dataset(name, str(tmp_path))
+    dataset = data.load_dataset(name, tmp_path)
     os.remove(dataset.train[3].source)
     os.remove(dataset.train[6].source)
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_dataset(name, str(tmp_path))
-    one_line(error, "2 of them missing", dataset.train[3].source)
+    refused(name, tmp_path, "2 are missing", dataset.train[3].source)
 
 
-def test_check_of_a_large_split_lists_folders_instead_of_asking_for_each_file(
-    tmp_path, monkeypatch
-):
-    worlds.eurosat_tree(tmp_path, per_class=12)
-    calls = []
-    monkeypatch.setattr(
-        data.os, "listdir", lambda path, listdir=os.listdir: calls.append(path) or listdir(path)
-    )
-    monkeypatch.setattr(
-        data.os.path,
-        "isfile",
-        lambda path, isfile=os.path.isfile: calls.append(path) or isfile(path),
-    )
-    data.load_dataset("eurosat", str(tmp_path))
-    assert len(calls) <= 10 + 2                                 # ten folders, and the split file
+GOOD_SPLIT = {"train": [["a.jpg", 0, "a"], ["b.jpg", 1, "b"]], "val": [],
+              "test": [["a2.jpg", 0, "a"], ["b2.jpg", 1, "b"]]}
 
 
-@pytest.mark.parametrize(
-    "name, images",
-    [
-        ("imagenet", "images/train"),
-        ("imagenet", "images/val"),
-        ("imagenet_sketch", "images"),
-        ("imagenetv2", "imagenetv2-matched-frequency-format-val"),
-    ],
-)
-def test_missing_empty_or_unknown_class_folder_never_shifts_labels(tmp_path, name, images):
-    worlds.TREES[name](tmp_path)
-    row = data.DATASETS[name]
-    images = tmp_path / row.folder / images
-    victim = images / ("3" if name == "imagenetv2" else "n02110958")
-    victim.rename(tmp_path / "away")
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_dataset(name, str(tmp_path))
-    one_line(error, images, victim.name, "missing" if name == "imagenetv2" else "pug")
-    victim.mkdir()
-    (victim / ".DS_Store").write_text("")
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_dataset(name, str(tmp_path))
-    one_line(error, victim, "no images")
-    (victim / ".DS_Store").unlink()
-    (tmp_path / "away").rename(victim)
-    (images / ("10" if name == "imagenetv2" else "n99999999")).mkdir()
-    with pytest.raises(ValueError) as error:
-        data.load_dataset(name, str(tmp_path))
-    one_line(error, "is not in classnames.txt")
+def with_val(*row):
+    return json.dumps(GOOD_SPLIT | {"val": [list(row)]})
 
 
-def test_imagenet_a_skips_foreign_files_but_not_an_empty_or_unknown_class(tmp_path):
-    worlds.imagenet_a_tree(tmp_path)
-    images = tmp_path / "imagenet-adversarial" / "imagenet-a"
-    (images / "__MACOSX").mkdir()
-    assert len(data.load_dataset("imagenet_a", str(tmp_path)).class_names) == 5
-    (images / "n99999999").mkdir()
-    with pytest.raises(ValueError, match="n99999999"):
-        data.load_dataset("imagenet_a", str(tmp_path))
-    (images / "n99999999").rename(images / "n01440764")          # tench: known, but without images
-    with pytest.raises(FileNotFoundError, match="n01440764 holds no images"):
-        data.load_dataset("imagenet_a", str(tmp_path))
+@pytest.mark.parametrize("split, said", [
+    ("<!DOCTYPE html>", "JSON"), (b"\x80\x04\x95\xff", "JSON"), ("", "JSON"),
+    ("[1, 2]", "list"), (json.dumps({"train": GOOD_SPLIT["train"], "test": []}), "val"),
+    (json.dumps(GOOD_SPLIT | {"test": []}), "empty"),
+    (json.dumps(GOOD_SPLIT | {"val": 3}), "train, val and test"),
+    (json.dumps(GOOD_SPLIT | {"val": [None]}), "train, val and test"),
+    (with_val("a.jpg", 0), "train, val and test"), (with_val(7, 0, "a"), "train, val and test"),
+    (with_val("a.jpg", "0", "a"), "train, val and test"),
+    (with_val("a.jpg", 0, "c"), "label 0 is called both 'a' and 'c'"),
+    (with_val("a.jpg", 3, "c"), "without a gap"), (with_val("a.jpg", -1, "c"), "without a gap")])
+def test_broken_split_json_is_refused_in_one_line(tmp_path, split, said):
+    folder = tmp_path / "stanford_cars"
+    for path, label, _ in GOOD_SPLIT["train"] + GOOD_SPLIT["test"]:
+        worlds.write_image(folder / path, label, 0)
+    file = folder / "split_zhou_StanfordCars.json"
+    file.write_text(json.dumps(GOOD_SPLIT))
+    assert data.load_dataset("stanford_cars", tmp_path).class_names == ["a", "b"]
+    file.write_bytes(split if isinstance(split, bytes) else split.encode())
+    refused("stanford_cars", tmp_path, file, said)
 
 
-@pytest.mark.parametrize("text", ["", "n01440764\n", "n01440764 tench\nn01440764 goldfish\n"])
-def test_broken_classnames_are_refused(tmp_path, text):
-    worlds.imagenet_tree(tmp_path)
-    (tmp_path / "imagenet" / "classnames.txt").write_text(text)
-    with pytest.raises(ValueError) as error:
-        data.load_dataset("imagenet", str(tmp_path))
-    one_line(error, tmp_path / "imagenet" / "classnames.txt")
-
-
-def test_unknown_aircraft_variant_is_refused(tmp_path):
-    worlds.fgvc_aircraft_tree(tmp_path)
-    with open(tmp_path / "fgvc_aircraft" / "images_variant_val.txt", "a") as f:
-        f.write("1025000 Zeppelin NT\n")
-    with pytest.raises(ValueError) as error:
-        data.load_dataset("fgvc_aircraft", str(tmp_path))
-    one_line(error, "Zeppelin NT", "1025000")
-
-
-def test_class_without_train_image_is_named(tmp_path):
-    worlds.fgvc_aircraft_tree(tmp_path)
-    file = tmp_path / "fgvc_aircraft" / "images_variant_train.txt"
-    file.write_text(
-        "".join(
-            line + "\n" for line in file.read_text().splitlines() if not line.endswith("F/A-18")
-        )
-    )
-    with pytest.raises(ValueError) as error:
-        data.load_dataset("fgvc_aircraft", str(tmp_path))
-    one_line(error, "no train image of F/A-18")
-
-
-# ---------------------------------------------------------------------- data that is nearly right
-
-def refused(name, root, kind=FileNotFoundError):
-    """The one line that loading ends in."""
-    with pytest.raises(kind) as error:
-        data.load_dataset(name, str(root))
-    return one_line(error)
-
-
-def is_no_download(message):
-    return "http" not in message and "HuggingFace" not in message
-
-
-@pytest.mark.parametrize(
-    "name", ["Caltech-101", "caltech 101", "CALTECH101", "caltech-101", "Caltech_101"]
-)
-def test_a_dataset_may_be_named_in_any_case_and_with_any_sign(world, name):
-    assert data.load_dataset(name, world[0]).name == "caltech101"
-
-
-@pytest.mark.parametrize(
-    "coop, name",
-    [
-        ("ImageNet", "imagenet"),
-        ("Caltech101", "caltech101"),
-        ("OxfordPets", "oxford_pets"),
-        ("StanfordCars", "stanford_cars"),
-        ("OxfordFlowers", "oxford_flowers"),
-        ("Food101", "food101"),
-        ("FGVCAircraft", "fgvc_aircraft"),
-        ("SUN397", "sun397"),
-        ("DescribableTextures", "dtd"),
-        ("EuroSAT", "eurosat"),
-        ("UCF101", "ucf101"),
-        ("ImageNetV2", "imagenetv2"),
-        ("ImageNetSketch", "imagenet_sketch"),
-        ("ImageNetA", "imagenet_a"),
-        ("ImageNetR", "imagenet_r"),
-    ],
-)
-def test_a_dataset_may_be_named_as_coops_class(world, coop, name):
-    assert data.load_dataset(coop, world[0]).name == name
-
-
-def test_kaggles_stanford_cars_are_one_folder_too_deep(tmp_path):
-    worlds.stanford_cars_tree(tmp_path)
-    train = tmp_path / "stanford_cars" / "cars_train"
-    train.rename(tmp_path / "inner")
-    train.mkdir()
-    (tmp_path / "inner").rename(train / "cars_train")
-    message = refused("stanford_cars", tmp_path)
-    assert f"move what is in {train / 'cars_train'} up into {train}" in message
-    assert is_no_download(message)
-
-
-@pytest.mark.parametrize("own_split", [False, True])
-def test_eurosats_images_under_their_archives_name_are_to_be_renamed(tmp_path, own_split):
-    worlds.eurosat_tree(tmp_path)
-    folder = tmp_path / "eurosat"
-    if own_split:
-        (folder / "split_zhou_EuroSAT.json").unlink()
-    (folder / "2750").rename(folder / "EuroSAT_RGB")
-    message = refused("eurosat", tmp_path)
-    assert f"{folder / 'EuroSAT_RGB'} is there" in message and "rename it to 2750" in message
-    assert is_no_download(message)
-
-
-@pytest.mark.parametrize(
-    "name, images", [("eurosat", "2750"), ("oxford_pets", "images"), ("dtd", "images")]
-)
-def test_images_one_folder_higher_are_to_be_moved_down(tmp_path, name, images):
-    worlds.TREES[name](tmp_path)
-    folder = tmp_path / data.DATASETS[name].folder
-    for path in (folder / images).iterdir():
-        path.rename(folder / path.name) if path.name not in (".DS_Store", "README.txt") else None
-    message = refused(name, tmp_path)
-    assert "one folder higher: move" in message and f"into {folder / images}" in message
-    assert is_no_download(message)
-
-
-@pytest.mark.parametrize(
-    "name, images",
-    [
-        ("oxford_flowers", "jpg"),
-        ("fgvc_aircraft", "images"),
-        ("ucf101", "UCF-101-midframes"),
-        ("imagenet", "images/val"),
-        ("imagenet_sketch", "images"),
-    ],
-)
-def test_images_one_folder_deeper_are_to_be_moved_up(tmp_path, name, images):
-    worlds.TREES[name](tmp_path)
+@pytest.mark.parametrize("name, images", [
+    ("imagenet", "images/train"), ("imagenet", "images/val"), ("imagenet_sketch", "images"),
+    ("imagenetv2", "imagenetv2-matched-frequency-format-val"), ("imagenet_a", "imagenet-a")])
+def test_a_missing_empty_or_unknown_class_folder_never_shifts_labels(tmp_path, name, images):
+    names = worlds.TREES[name](tmp_path)
     images = tmp_path / data.DATASETS[name].folder / images
-    images.rename(tmp_path / "inner")
-    images.mkdir()
-    (tmp_path / "inner").rename(images / "unpacked")
-    message = refused(name, tmp_path)
-    assert f"move what is in {images / 'unpacked'} up into {images}" in message
-    assert is_no_download(message)
+    victim, stranger = ("3", "10") if name == "imagenetv2" else ("n02110958", "n99999999")
+    (images / "__MACOSX").mkdir()
+    (images / victim).rename(tmp_path / "away")
+    if name == "imagenet_a":                                # the classes are those that are there
+        assert data.load_dataset(name, tmp_path).class_names == [each for each in names
+                                                                 if each != "pug"]
+    else:
+        refused(name, tmp_path, images, f"1 of 10 class folders are missing, the first: {victim} (")
+    (images / victim).mkdir()
+    (images / victim / ".DS_Store").write_text("")
+    refused(name, tmp_path, images / victim, "no images")
+    shutil.rmtree(images / victim)
+    (tmp_path / "away").rename(images / victim)
+    (images / stranger).mkdir()
+    refused(name, tmp_path, images, stranger)
 
 
-def test_images_in_another_case_are_to_be_renamed(tmp_path):
-    worlds.oxford_pets_tree(tmp_path)
-    images = tmp_path / "oxford_pets" / "images"
-    for path in images.glob("*.jpg"):
-        path.rename(path.with_suffix(".JPG"))
-    message = refused("oxford_pets", tmp_path)
-    assert ".JPG is there: rename it to" in message and "and the others like it" in message
-    assert is_no_download(message)
-
-
-@pytest.mark.parametrize(
-    "name, inside, other",
-    [
-        ("food101", "images", "Images"),
-        ("sun397", "SUN397", "sun397"),
-        ("ucf101", "UCF-101-midframes/Apply_Lipstick", "UCF-101-midframes/ApplyLipstick"),
-    ],
-)
-def test_folders_in_another_case_are_to_be_renamed(tmp_path, name, inside, other):
+@pytest.mark.parametrize("name, file, change, said", [
+    ("imagenet", "classnames.txt", lambda text: "", "empty"),
+    ("imagenet", "classnames.txt", lambda text: text + "n99999999\n", "n99999999"),
+    ("imagenet", "classnames.txt", lambda text: text + "n01440764 cat\n", "n01440764 cat"),
+    ("imagenet", "classnames.txt", lambda text: text + "n9 caf\udce9\n", "UTF-8"),      # latin-1
+    ("fgvc_aircraft", "images_variant_val.txt", lambda text: "1025000 Zeppelin NT\n" + text,
+     "'Zeppelin NT' of image 1025000"),
+    ("fgvc_aircraft", "images_variant_train.txt",
+     lambda text: re.sub(r".* F/A-18\n", "", text), "none of F/A-18"),
+    ("fgvc_aircraft", "images_variant_test.txt",
+     lambda text: re.sub(r".* DC-10\n", "", text), "none of DC-10")])
+def test_broken_lists_of_classes_and_images_are_refused_in_one_line(tmp_path, name, file, change,
+                                                                    said):
     worlds.TREES[name](tmp_path)
-    folder = tmp_path / data.DATASETS[name].folder
-    (folder / inside).rename(folder / other)
-    message = refused(name, tmp_path)
-    assert f"{folder / other} is there: rename it to {pathlib.Path(inside).name}" in message
-    assert is_no_download(message)
+    path = tmp_path / data.DATASETS[name].folder / file
+    path.write_text(change(path.read_text()), encoding="utf-8", errors="surrogateescape")
+    refused(name, tmp_path, path.parent, said)
 
 
-@pytest.mark.parametrize("name, other", [("caltech101", "caltech101"), ("eurosat", "EuroSAT"),
-                                         ("imagenet_r", "imagenet-r"), ("dtd", "DTD")])
-def test_a_datasets_folder_under_another_name_is_to_be_renamed(tmp_path, name, other):
-    worlds.TREES[name](tmp_path)
-    folder = tmp_path / data.DATASETS[name].folder
-    folder.rename(tmp_path / other)
-    message = refused(name, tmp_path)
-    assert (
-        f"{tmp_path / other} is there: rename it to {folder.name}" in message
-        and is_no_download(message)
-    )
-
-
-def test_a_missing_class_is_never_taken_for_its_neighbour(tmp_path):
-    """All of Caltech101's class folders have an image_0001.jpg; BACKGROUND_Google is no class."""
-    worlds.caltech101_tree(tmp_path / "data", classes=5)
-    images = tmp_path / "data" / "caltech-101" / "101_ObjectCategories"
-    for folder in ("Faces", "accordion"):
-        (images / folder).rename(tmp_path / folder)
-        message = refused("caltech101", tmp_path / "data")
-        assert "rename" not in message and "move" not in message and data.GUIDE in message
-        (tmp_path / folder).rename(images / folder)
-
-
-def test_a_missing_half_of_the_cars_is_never_taken_for_the_other(tmp_path):
-    worlds.stanford_cars_tree(tmp_path / "data")
-    cars = tmp_path / "data" / "stanford_cars"
-    for path in list((cars / "cars_train").glob("*.jpg")):  # the real numbers start at 1 in both
-        path.with_name(path.name).rename(tmp_path / path.name)
-        worlds.write_image(str(cars / "cars_test" / path.name), 0, 0)
-    (cars / "cars_train").rename(tmp_path / "away")
-    assert "rename" not in refused("stanford_cars", tmp_path / "data")
-
-
-@pytest.mark.parametrize(
-    "name, other",
-    [
-        ("oxford_pets", "split_zhou_oxfordpets.json"),
-        ("eurosat", "split_zhou_eurosat.json"),
-        ("fgvc_aircraft", "Variants.txt"),
-        ("imagenet", "ClassNames.txt"),
-    ],
-)
-def test_a_split_file_in_another_case_is_named(tmp_path, name, other):
-    worlds.TREES[name](tmp_path)
-    row = data.DATASETS[name]
-    folder = tmp_path / row.folder
-    (folder / row.split).rename(folder / other)
-    message = refused(name, tmp_path)
-    assert f"{folder / other} is there: rename it to {row.split}" in message and is_no_download(
-        message
-    )
-
-
-def rewritten(root, name, change):
-    """Changes every path of a split file."""
-    row = data.DATASETS[name]
-    file = pathlib.Path(root, row.folder, row.split)
-    split = json.loads(file.read_text())
-    for part in split.values():
-        for entry in part:
-            entry[0] = change(entry[0])
-    file.write_text(json.dumps(split))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda path: path.replace("/", "\\"),
-        lambda path: "SUN397/" + path,
-        lambda path: "sun397/SUN397/" + path,
-        lambda path: "D:\\data\\sun397\\SUN397\\" + path.replace("/", "\\"),
-        lambda path: "/home/zhou/data/sun397/SUN397/" + path,
-    ],
-)
-def test_backslashes_and_a_leading_images_folder_in_split_paths_are_read(tmp_path, change):
-    worlds.sun397_tree(tmp_path)
-    expected = data.load_dataset("sun397", str(tmp_path))
-    rewritten(tmp_path, "sun397", change)
-    assert data.load_dataset("sun397", str(tmp_path)) == expected
-
-
-def test_a_flat_val_folder_of_imagenet_is_called_flat(tmp_path):
-    worlds.imagenet_tree(tmp_path)
-    val = tmp_path / "imagenet" / "images" / "val"
-    for path in list(val.rglob("*.JPEG")):
-        if not path.name.startswith("."):
-            path.rename(val / f"{path.parent.name}{path.name}")
-    for folder in [path for path in val.iterdir() if path.is_dir()]:
-        shutil.rmtree(folder)
-    message = refused("imagenet", tmp_path)
-    assert (
-        f"{val} is flat" in message
-        and "one folder per class" in message
-        and "valprep.sh" in message
-    )
-
-
-def test_class_names_that_are_not_utf8_name_the_file(tmp_path):
-    worlds.imagenet_tree(tmp_path)
-    file = tmp_path / "imagenet" / "classnames.txt"
-    file.write_bytes(file.read_bytes() + "n99999999 café".encode("latin-1"))
-    assert f"{file} is not UTF-8" in refused("imagenet", tmp_path, ValueError)
-
-
-@pytest.mark.parametrize(
-    "old", ["cock", "water ouzel", "American chameleon, anole, Anolis carolinensis"]
-)
+@pytest.mark.parametrize("old", ["cock", "American chameleon, anole, Anolis carolinensis"])
 def test_imagenets_old_class_names_leave_a_note(tmp_path, old):
     worlds.imagenet_tree(tmp_path)
     file = tmp_path / "imagenet" / "classnames.txt"
     file.write_text(file.read_text().replace("goldfish", old))
-    dataset = data.load_dataset("imagenet", str(tmp_path))
+    dataset = data.load_dataset("imagenet", tmp_path)
     assert any(repr(old) in note and "do not compare" in note for note in dataset.notes)
-    assert not data.few_shot_task(dataset).comparable
-
-
-@pytest.mark.skipif(
-    not CLASS_NAMES.is_dir(), reason="the real class names lie beside the repository"
-)
-def test_none_of_clips_class_names_of_imagenet_counts_as_old():
-    names = json.loads((CLASS_NAMES / "imagenet.json").read_text())
-    assert len(names) == 1000 and not {name.lower() for name in names} & set(data.OLD_NAMES)
 
 
 # ------------------------------------------------------------------------- a dataset of one's own
 
-def counts(dataset):
-    """Images of each class in train, val and test."""
-    labels = range(len(dataset.class_names))
-    return [[sum(item.label == label for item in items) for label in labels]
-            for items in (dataset.train, dataset.val, dataset.test)]
-
-
 def test_a_folder_per_class_is_a_dataset_with_an_own_split(tmp_path):
     names = worlds.own_folders_tree(tmp_path / "birds", per_class=8)
     dataset = data.load_dataset(tmp_path / "birds")
-    assert dataset.name == "birds" and dataset.folder == str(tmp_path / "birds")
+    assert (dataset.name, dataset.folder) == ("birds", str(tmp_path / "birds"))
     assert dataset.class_names == names and counts(dataset) == [[4] * 4, [2] * 4, [2] * 4]
-    assert data.load_dataset(str(tmp_path / "birds"), seed=2).train != dataset.train
-    one_line(dataset.notes[0], "birds: a dataset of one's own", "compare with nobody's")
-    one_line(dataset.notes[1], "own split", "seed 1")
+    notes = " ".join(dataset.notes)
+    assert "an own split" in notes and "compare with nobody's" in notes
     assert not data.few_shot_task(dataset).comparable
 
 
-def test_train_and_test_folders_with_a_folder_per_class_are_a_dataset(tmp_path):
-    names = worlds.own_parts_tree(tmp_path / "birds", per_class=3)
+@pytest.mark.parametrize("train, test, val", [
+    ("train", "test", "val"), ("Train", "TEST", "Valid"), ("training", "testing", "validation"),
+    ("train", "valid", None)])                              # without test it is tested on val
+def test_parts_in_any_spelling_are_a_dataset(tmp_path, train, test, val):
+    names = worlds.own_parts_tree(tmp_path / "birds", 3, [train, test] + [val] * bool(val))
     dataset = data.load_dataset(tmp_path / "birds")
-    assert (
-        dataset.class_names == names
-        and counts(dataset) == [[3] * 4] * 3
-        and len(dataset.notes) == 1
-    )
-    assert {pathlib.Path(item.source).parts[-3] for item in dataset.test} == {"test"}
+    assert dataset.class_names == names
+    assert counts(dataset) == [[3] * 4, [3 if val else 0] * 4, [3] * 4]
+    for items, part in ((dataset.train, train), (dataset.val, val), (dataset.test, test)):
+        assert {pathlib.Path(item.source).parts[-3] for item in items} == ({part} - {None})
+    assert any("no test/" in note for note in dataset.notes) == (test == "valid")
 
 
-def test_a_dataset_of_ones_own_without_test_is_tested_on_val(tmp_path):
-    worlds.own_parts_tree(tmp_path / "birds", per_class=3, parts=("train", "valid"))
-    dataset = data.load_dataset(tmp_path / "birds")
-    assert counts(dataset) == [[3] * 4, [0] * 4, [3] * 4] and "no test/" in dataset.notes[1]
-
-
-def test_pictures_that_lie_flat_in_train_and_test_are_no_classes(tmp_path):
-    for part in ("train", "test"):
-        for i in range(6):
-            worlds.write_image(str(tmp_path / "birds" / part / f"{i}.jpg"), 1, i)
-    with pytest.raises(ValueError) as error:
-        data.load_dataset(tmp_path / "birds")
-    one_line(error, "has test and train, but no class folders in train/", "train/ and test/")
-
-
-def test_a_class_without_test_images_is_named_before_anything_is_learnt(tmp_path):
-    worlds.own_split_tree(tmp_path / "birds")
-    file = tmp_path / "birds" / "split.json"
-    split = json.loads(file.read_text())
-    split["test"] = [row for row in split["test"] if row[1] != 2]
-    file.write_text(json.dumps(split))
-    with pytest.raises(ValueError) as error:
-        data.load_dataset(tmp_path / "birds")
-    one_line(error, "has no test image of Finch (zebra)")
-
-
-def test_kept_features_are_of_the_same_libraries(tmp_path, monkeypatch):
-    worlds.own_split_tree(tmp_path / "birds")
-    images = data.Images(data.load_dataset(tmp_path / "birds").train, data.train_transform(32), 1)
-    before = data.KeptFeatures(tmp_path, ["a CLIP"], images).path(1)
-    assert data.KeptFeatures(tmp_path, ["a CLIP"], images).path(1) == before
-    monkeypatch.setattr(data.PIL, "__version__", "0.0")
-    assert data.KeptFeatures(tmp_path, ["a CLIP"], images).path(1) != before
-
-
-@pytest.mark.parametrize("text", [
-    "Okay, the user wants a lamp.\n</think>\nA lamp has a shade.",
-    "<think>\nOkay, a lamp.\n</think>\nA lamp has a shade.\n<think>\nIs that all there is?",
-    "A lamp has a shade."])
-def test_thoughts_of_a_model_are_no_sentences(text):
-    assert data.read_answer(text) == ["A lamp has a shade."]
-    assert data.read_answer("<think>\nThe user asks for a lamp.") == []
-
-
-@pytest.mark.parametrize("images", ["images", ""])
-def test_images_with_a_split_json_are_a_dataset(tmp_path, images):
+@pytest.mark.parametrize("images, file", [("images", "split.json"), ("birds", "my_Split.json"),
+                                          ("", "split_zhou_Birds.json")])
+def test_images_with_one_split_json_are_a_dataset(tmp_path, images, file):
+    """The images lie in images/, in a folder of the dataset's own name, or beside the file."""
     names = worlds.own_split_tree(tmp_path / "birds", images=images)
+    if file != "split.json":
+        (tmp_path / "birds" / "split.json").rename(tmp_path / "birds" / file.lower())
     dataset = data.load_dataset(tmp_path / "birds")
     assert dataset.class_names == names and counts(dataset) == [[2] * 4, [1] * 4, [1] * 4]
-    assert all(os.path.isfile(item.source) for item in dataset.test) and len(dataset.notes) == 1
+    places = {os.path.dirname(os.path.dirname(item.source)) for item in dataset.test}
+    assert places == {str(tmp_path / "birds" / images).rstrip("/")}
+    if images:                                              # and the first place wins
+        shutil.copytree(tmp_path / "birds" / images, tmp_path / "birds", dirs_exist_ok=True)
+        assert data.load_dataset(tmp_path / "birds") == dataset
+    (tmp_path / "birds" / "other_split.json").write_text("{}")
+    refused(tmp_path / "birds", None, "2 split files", "other_split.json", file.lower())
 
 
-def test_split_json_paths_may_begin_with_images(tmp_path):
-    worlds.own_split_tree(tmp_path / "birds")
-    file = tmp_path / "birds" / "split.json"
-    expected = data.load_dataset(tmp_path / "birds")
-    file.write_text(file.read_text().replace('[["', '[["images/').replace('], ["', '], ["images/'))
-    assert data.load_dataset(tmp_path / "birds") == expected
-
-
-@pytest.mark.parametrize(
-    "folder, name",
-    [
-        ("birds", "birds"),
-        ("Birds 2.0 (mine)", "Birds-2.0-mine"),
-        ("DTD", "own-DTD"),
-        ("toy", "own-toy"),
-        ("caltech-101", "own-caltech-101"),
-        ("Flowers102", "own-Flowers102"),
-        ("vögel", "vögel"),
-        ("?", "own"),
-    ],
-)
-def test_a_dataset_of_ones_own_never_takes_a_known_name(tmp_path, folder, name):
+@pytest.mark.parametrize("folder, name", [
+    ("birds", "birds"), ("Birds 2.0 (mine)", "Birds-2.0-mine"), ("vögel", "vögel"), ("?", "own"),
+    ("DTD", "own-DTD"), ("toy", "own-toy"), ("caltech-101", "own-caltech-101"),
+    ("Flowers102", "own-Flowers102"), ("birds/images", "birds-images"),
+    ("birds/Train", "birds-Train"), ("birds/dataset", "birds-dataset"), ("x" * 150, "x" * 100)])
+def test_a_dataset_of_ones_own_is_named_after_its_folder_and_never_as_a_known_one(
+        tmp_path, folder, name):
     worlds.own_folders_tree(tmp_path / folder, per_class=4)
     assert data.load_dataset(str(tmp_path / folder)).name == name
 
 
-def test_a_known_name_wins_over_a_folder_but_not_over_a_path(world, tmp_path):
-    worlds.own_folders_tree(tmp_path / "eurosat")               # the current directory
-    worlds.own_folders_tree(tmp_path / "birds")
+def test_a_known_name_wins_over_a_folder_but_not_over_a_path(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    worlds.own_folders_tree("eurosat")
+    worlds.own_folders_tree("birds")
     assert data.load_dataset("eurosat", world[0]).name == "eurosat"
     assert data.load_dataset("./eurosat", world[0]).name == "own-eurosat"
     assert data.load_dataset("birds", world[0]).name == "birds"
 
 
-def test_a_folder_of_ones_own_under_the_root_is_named_with_its_path(tmp_path):
-    worlds.own_folders_tree(tmp_path / "data" / "birds")
-    assert f"--dataset {tmp_path / 'data' / 'birds'}" in refused(
-        "birds", tmp_path / "data", ValueError
-    )
+@pytest.mark.parametrize("name, read", [
+    ("001.Black_footed_Albatross", "Black footed Albatross"),       # CUB's folders
+    ("1 001.Black_footed_Albatross", "Black footed Albatross"),     # CUB's list
+    ("n01440764 tench", "tench"), ("n01440764_tench", "tench"), ("01_TUMOR", "TUMOR"),
+    ("10.3D bird's", "3D bird's"), ("  two   spaces ", "two spaces"),
+    # These numbers are names.
+    ("707-320", "707-320"), ("3D", "3D"), ("2012 Acura RL Sedan", "2012 Acura RL Sedan"),
+    ("n01440764", "n01440764"), ("0_1", "0 1"), ("7", "7")])
+def test_own_class_names_are_read_without_the_number_that_fixes_their_place(name, read):
+    assert data.read_name(name) == read
+    assert data.read_name(name, own=False) == name.replace("_", " ")
 
 
-@pytest.mark.parametrize(
-    "files, expected",
-    [
-        (["1.jpg", "2.jpg"], "has images without class folders"),
-        (["cat/1.jpg", "cat/2.jpg"], "one class folder alone, cat"),
-        (["images/cat/1.jpg", "images/dog/1.jpg"], "--dataset {}/images"),
-        ([], "has no class folders"),
-        (["train/cat/1.jpg", "train/dog/1.jpg"], "has train/, but no test/"),
-        (["train/cat/1.jpg", "train/dog/1.jpg", "test/cat/1.jpg"], "the first: dog"),
-        (
-            [
-                "train/cat/1.jpg",
-                "train/dog/1.jpg",
-                "test/cat/1.jpg",
-                "test/dog/1.jpg",
-                "test/cow/1.jpg",
-            ],
-            "cow",
-        ),
-        (["train/cat/1.jpg", "train/dog/1.jpg", "test/1.jpg"], "{}/test is flat"),
-        (["train/cat/1.jpg", "test/cat/1.jpg"], "one class alone, 'cat'"),
-        (["cat/1.jpg", "dog/1.jpg"], "{}/cat: 1 images are too few"),
-    ],
-)
-def test_what_is_no_dataset_is_refused_in_one_line(tmp_path, files, expected):
+def test_what_clip_cannot_tell_apart_or_read_is_noted(tmp_path):
+    for label, name in enumerate(["001.cat", "002.Cat", "house_dog", "dog_house", "7", "emu"]):
+        for i in range(4):
+            worlds.write_image(tmp_path / "zoo" / name / f"{i}.png", label, i)
+    (tmp_path / "zoo" / "emu" / ".hidden.txt").write_text("")
+    for name in ("scan.dcm", "scan.DCM", "LICENSE"):
+        (tmp_path / "zoo" / "emu" / name).write_text("")
+    dataset = data.load_dataset(tmp_path / "zoo")
+    notes = "\n".join(dataset.notes)
+    assert "2 classes have one name for CLIP, 'cat'" in notes
+    assert "house dog" not in notes                         # CLIP reads words in their order
+    assert "1 class names, such as '7', are numbers" in notes
+    assert "2 .dcm" in notes and "1 without ending" in notes and ".txt" not in notes
+    assert all(note.startswith("zoo: ") for note in dataset.notes)
+
+
+@pytest.mark.parametrize("files, said", [
+    (["1.jpg", "2.jpg"], "no class folders"), ([], "no class folders"),
+    (["train/1.jpg", "test/1.jpg"], "no class folders in train/"),
+    (["cat/1.jpg", "cat/2.jpg"], "one folder alone, cat"),
+    (["images/cat/1.jpg", "images/dog/1.jpg"], "--dataset {}/images"),
+    (["train/cat/1.jpg", "train/dog/1.jpg"], "no test/"),
+    (["train/cat/1.jpg", "train/dog/1.jpg", "test/cat/1.jpg"], "the first: dog"),
+    (["train/cat/1.jpg", "train/dog/1.jpg", "test/cat/1.jpg", "test/dog/1.jpg", "test/cow/1.jpg"],
+     "cow"),
+    (["train/cat/1.jpg", "train/dog/1.jpg", "test/1.jpg"], "{}/test"),
+    (["train/cat/1.jpg", "test/cat/1.jpg"], "two classes"),
+    (["cat/1.jpg", "dog/1.jpg"], "{}/cat: 1 images are too few")])
+def test_what_is_no_dataset_is_refused_in_one_line(tmp_path, files, said):
     folder = tmp_path / "pets"
     folder.mkdir()
     for i, file in enumerate(files):
-        worlds.write_image(str(folder / file), 0, i)
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        data.load_dataset(folder)
-    one_line(error, expected.format(folder))
-
-
-def test_a_folder_that_does_not_exist_is_named():
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_dataset("no/such/folder")
-    one_line(error, "no/such/folder does not exist")
-
-
-def test_one_class_on_a_side_is_no_choice(tmp_path):
-    for label, name in enumerate(("cat", "dog")):
-        for i in range(4):
-            worlds.write_image(str(tmp_path / "pets" / name / f"{i}.png"), label, i)
-    dataset = data.load_dataset(tmp_path / "pets")
-    with pytest.raises(ValueError) as error:
-        data.few_shot_task(dataset, shots=2)
-    worlds.one_line(error, "pets has 2 classes", "--classes all")
-    task = data.few_shot_task(dataset, "all", shots=2)
-    assert task.base_names == ["cat", "dog"] and not task.novel_names and len(task.train) == 4
-    for n in (3, 4):
-        names = ["cat", "dog", "emu", "fox"][:n]
-        items = [data.Item(f"{name}.png", label) for label, name in enumerate(names)]
-        zoo = data.Dataset(names, items, [], items, folder=".")
-        if n == 3:
-            with pytest.raises(ValueError, match="one alone"):
-                data.few_shot_task(zoo)
-        else:
-            assert data.few_shot_task(zoo).novel_names == ["emu", "fox"]
-
-
-def test_a_path_that_leads_out_of_the_root_gets_no_advice_to_move_it(tmp_path):
-    folder = tmp_path / "data" / "birds"
-    worlds.own_split_tree(folder)
-    split = json.loads((folder / "split.json").read_text())
-    for row in split["train"]:
-        row[0] = "../x.jpg"
-    worlds.write_image(str(tmp_path / "x.jpg"), 1, 1)       # one folder above what the row names
-    (folder / "split.json").write_text(json.dumps(split))
-    with pytest.raises(FileNotFoundError) as error:
-        data.load_dataset(folder)
-    line = worlds.one_line(error, "split.json names")
-    assert "move" not in line and "rename" not in line
-
-
-def test_one_class_alone_is_refused_in_any_dataset(tmp_path):
-    worlds.eurosat_tree(str(tmp_path), classes=1)
-    with pytest.raises(ValueError) as error:
-        data.load_dataset("eurosat", tmp_path)
-    worlds.one_line(error, "split_zhou_EuroSAT.json has one class alone, 'Annual Crop Land'")
+        worlds.write_image(folder / file, 0, i)
+    refused(folder, None, said.format(folder), "folder per class")
+    refused(tmp_path / "none", None, tmp_path / "none")
 
 
 # ----------------------------------------------------------------------------------- descriptions
@@ -1007,321 +565,287 @@ def description_file(tmp_path):
     return write
 
 
-def test_descriptions_match_names_and_keep_file_order(description_file):
-    path = description_file(
-        {
-            "unused": [],
-            "Car-Side": [f"s{i}" for i in range(14)],
-            "yin  YANG": ["one\ntwo", " "],
-            "f/a 18": ["x"],
-            "colt's foot": ["y", "z"],
-        }
-    )
-    names = ["yin yang", "car_side", "F/A-18", "colt's foot", "car side"]
-    assert data.load_descriptions(path, names) == [
-        ["one two"],
-        [f"s{i}" for i in range(10)],
-        ["x"],
-        ["y", "z"],
-        [f"s{i}" for i in range(10)],
-    ]
-    assert data.load_descriptions(path, ["car side"], max_descriptions=3) == [["s0", "s1", "s2"]]
-    with pytest.raises(ValueError, match="max-descriptions"):
-        data.load_descriptions(path, names, max_descriptions=0)
-
-
-CUPL = {"side of a car": ["a"], "off-center face": ["b"], "lamp": ["c"], "water lily": ["d"]}
-CALTECH = ["face", "lamp", "car side", "water lilly", "snoopy"]
-
-
-def test_all_classes_without_description_come_in_one_message(description_file):
-    path = description_file(CUPL)
-    with pytest.raises(ValueError) as error:
-        data.load_descriptions(path, CALTECH)
-    one_line(error, path, "4 of 5", "car side (closest: side of a car)",
-             "face (closest: off-center face)", "water lilly (closest: water lily)", "snoopy;",
-             "--aliases aliases-descriptions.json")
-
-
-def test_aliases_name_the_keys_of_classes_that_do_not_match(description_file, tmp_path):
-    path = description_file(CUPL)
-    aliases = {"car_side": "side of a car", "Face": "off-center face", "water lilly": "Water_Lily",
-               "snoopy": "lamp"}
-    expected = [["b"], ["c"], ["a"], ["d"], ["c"]]
-    assert data.load_descriptions(path, CALTECH, aliases=aliases) == expected
-    (tmp_path / "own.json").write_text(json.dumps(aliases))
-    assert data.load_descriptions(path, CALTECH, aliases=str(tmp_path / "own.json")) == expected
-
-
-def test_an_alias_whose_key_the_file_lacks_is_named(description_file):
-    path = description_file(CUPL)
-    with pytest.raises(ValueError) as error:
-        data.load_descriptions(path, ["lamp"], aliases={"lamp": "lantern"})
-    one_line(error, path, "lamp", "lantern")
-
-
-@pytest.mark.parametrize("text, expected", [("[]", "list"), ('{"face": 3}', "face"), ("{", "JSON")])
-def test_a_broken_aliases_file_is_named(description_file, tmp_path, text, expected):
-    (tmp_path / "own.json").write_text(text)
-    with pytest.raises(ValueError) as error:
-        data.load_descriptions(description_file(CUPL), CALTECH, aliases=str(tmp_path / "own.json"))
-    one_line(error, tmp_path / "own.json", expected)
-
-
-def test_what_does_not_match_is_written_as_an_aliases_file_to_fill(description_file, tmp_path):
-    path, file = description_file(CUPL), tmp_path / "aliases-descriptions.json"
-    with pytest.raises(ValueError):
-        data.load_descriptions(path, CALTECH)
-    filled = json.loads(file.read_text())
-    assert filled == {"face": "off-center face", "car side": "side of a car",
-                      "water lilly": "water lily", "snoopy": ""}
-    with pytest.raises(ValueError, match=r"no description of 1 of 5 classes: snoopy"):
-        data.load_descriptions(path, CALTECH, aliases=str(file))        # "": not filled in yet
-    assert json.loads(file.read_text()) == filled
-    file.write_text(json.dumps(filled | {"snoopy": "lamp"}))
-    assert data.load_descriptions(path, CALTECH, aliases=str(file))[4] == ["c"]
-
-
-def test_a_filled_aliases_file_is_never_written_over(description_file, tmp_path):
-    path, file = description_file(CUPL), tmp_path / "aliases-descriptions.json"
-    file.write_text('{"face": "off-center face"}')
-    with pytest.raises(ValueError) as error:
-        data.load_descriptions(path, CALTECH)
-    one_line(error, "aliases-descriptions.json, which is there already")
-    assert file.read_text() == '{"face": "off-center face"}'
-
-
-def test_no_aliases_file_is_no_reason_to_lose_the_message(description_file, monkeypatch):
-    def refuse(path):
-        raise OSError("read-only")
-    monkeypatch.setattr(data, "written_aside", refuse)
-    with pytest.raises(ValueError) as error:
-        data.load_descriptions(description_file(CUPL), CALTECH)
-    one_line(error, "4 of 5", "give --aliases FILE")
-
-
-def test_more_than_ten_classes_without_description_are_counted(description_file, tmp_path):
-    path = description_file({"nothing": ["x"]})
-    with pytest.raises(ValueError) as error:
-        data.load_descriptions(path, [f"class {chr(97 + i)}" for i in range(26)])
-    message = one_line(error, "26 of 26", "class j; and 16 more")
-    assert "class k" not in message
-    assert len(json.loads((tmp_path / "aliases-descriptions.json").read_text())) == 26
+def test_descriptions_are_the_first_sentences_in_file_order(description_file):
+    path = description_file({"unused": [], "lamp": [f"s{i}" for i in range(14)],
+                             "wok": [".", "A\n wok. ", " ", 3, "...", "7", "Une poêle", "é"]})
+    ten = [f"s{i}" for i in range(10)]
+    assert data.load_descriptions(path, ["wok", "lamp", "wok"]) == [
+        ["A wok.", "7", "Une poêle", "é"], ten, ["A wok.", "7", "Une poêle", "é"]]
+    assert data.load_descriptions(path, ["lamp", "wok"], 2) == [["s0", "s1"], ["A wok.", "7"]]
 
 
 @pytest.mark.parametrize("name, key", [
+    ("car_side", "Car-Side"), ("yin yang", "yin  YANG"), ("F/A-18", "18, f/a"),
     ("2000 AM General Hummer SUV", "AM General Hummer SUV 2000"), ("indoor apse", "apse (indoor)"),
-    ("2012 Ram C/V Cargo Van Minivan", "Ram CV Cargo Van Minivan 2012"),
-    ("colt's foot", "colts foot"), ("F/A-18", "18, F/A"), ("Éclair au café", "café au éclair")])
-def test_a_key_with_the_same_words_matches_and_is_noted(description_file, name, key):
-    notes, path = [], description_file({key: ["Its sentence."], "sushi bar": ["Another."]})
-    loaded = data.load_descriptions(path, ["sushi bar", name], notes=notes)
-    assert loaded == [["Another."], ["Its sentence."]]
-    assert len(notes) == 1 and one_line(notes[0], path, "1 of 2 class names")
+    ("Éclair au café", "café au éclair"),
+    # CuPL's own names
+    ("face", "off-center face"), ("car side", "side of a car"), ("yin yang", "Yin and yang symbol"),
+    ("cougar body", "body of a cougar cat"), ("cougar face", "face of a cougar cat"),
+    ("crocodile head", "head of a crocodile"), ("flamingo head", "head of a flamingo"),
+    ("snoopy", "snoopy (cartoon beagle)"), ("pink-yellow dahlia", "pink and yellow dahlia"),
+    ("2012 Ram C/V Cargo Van Minivan", "Ram CV Cargo Van Minivan 2012"), ("ball moss", "air plant"),
+    ("Handstand Pushups", "Hand Stand Pushups")])
+def test_a_key_is_of_the_class_with_the_same_words_or_with_cupls_name_for_it(
+        description_file, name, key):
+    path = description_file({"sushi bar": ["Another."], key: ["Its own."]})
+    assert data.load_descriptions(path, [name, "sushi bar", name]) == [
+        ["Its own."], ["Another."], ["Its own."]]
 
 
-@pytest.mark.parametrize(
-    "names, keys",
-    [
-        (["indoor apse"], ["apse (indoor)", "apse, indoor"]),  # which of the two?
-        (["indoor house boat", "house boat indoor"], ["boat (indoor) house"]),
-        (["boat house", "house boat"], ["house boat"]),  # it is the other class's
-        (["indoor apse"], ["apse"]),
-        (["indoor apse"], ["apse indoor indoor"]),
-        (["?"], ["!"]),
-    ],
-)
-def test_a_key_matches_by_words_only_where_nothing_else_could_be_meant(
-    description_file, names, keys
-):
-    with pytest.raises(ValueError) as error:
-        data.load_descriptions(description_file(dict.fromkeys(keys, ["x"])), names)
-    one_line(error, "no description of")
+def test_a_classs_own_name_comes_before_cupls(description_file):
+    path = description_file({"off-center face": ["Theirs."], "face": ["Its own."]})
+    assert data.load_descriptions(path, ["face"]) == [["Its own."]]
 
 
-def test_two_classes_of_one_name_share_a_key(description_file):
-    notes = []
-    path = description_file({"missile": ["m"], "Guard (coast)": ["g"]})
-    names = ["missile", "coast guard", "missile", "coast guard"]
-    assert data.load_descriptions(path, names, notes=notes) == [["m"], ["g"], ["m"], ["g"]]
-    assert len(notes) == 1
+def test_all_classes_that_have_nothing_are_named_at_once(description_file):
+    path = description_file({"water lily": ["a"], "lamp": ["c"], "wok": [" . "], "pan": "A pan.",
+                             "house indoor": ["d"], "House (indoor)": ["e"], "pot": None,
+                             "apse": ["f"], "bar bar": ["g"]})
+    names = ["water lilly", "lamp", "wok", "pan", "indoor house", "pot", "indoor apse", "bar"]
+    line = failure(data.load_descriptions, path, names)
+    one_line(line, path, "7 of 8", "water lilly has no key (closest: water lily)", "wok", "pan",
+             "'house indoor' and 'House (indoor)' are one name", "pot", "indoor apse", "bar")
+    assert "lamp" not in line.partition(path)[2]
+    line = failure(data.load_descriptions, path, [f"class {c}" for c in "abcdefghijklmnopqrs"])
+    one_line(line, "19 of 19", "class j", "and 9 more")
+    assert "class k" not in line
 
 
-def test_sentences_without_a_letter_or_digit_are_skipped_and_counted_once(description_file):
-    notes = []
-    path = description_file(
-        {"wok": [".", "A wok.", " ", "...", "7"], "pan": ["-", "Une poêle", "é"], "unused": ["."]}
-    )
-    loaded = data.load_descriptions(path, ["wok", "pan", "wok"], max_descriptions=2, notes=notes)
-    assert loaded == [["A wok.", "7"], ["Une poêle", "é"], ["A wok.", "7"]]
-    assert notes == [f"{path}: 4 sentences without a letter or digit were skipped"]
-    assert data.load_descriptions(path, ["pan"]) == [["Une poêle", "é"]]
+@pytest.mark.parametrize("key", ["", "//"])
+def test_a_key_without_words_is_a_comment_and_no_classs(description_file, key):
+    path = description_file({key: ["Made by hand."], "wok": ["A wok."]})
+    one_line(failure(data.load_descriptions, path, ["wok", "lamp"]), "lamp", "1 of 2")
 
 
-def test_a_clean_description_file_leaves_no_notes(description_file):
-    notes = []
-    data.load_descriptions(description_file({"wok": ["A wok."]}), ["wok"], notes=notes)
-    assert notes == []
+def test_descriptions_that_the_project_lacks_are_to_be_made():
+    assert data.default_descriptions("toy") == os.path.join(data.ASSETS, "descriptions", "toy.json")
+    line = failure(data.default_descriptions, "birds", kind=FileNotFoundError)
+    one_line(line, "birds", "--descriptions FILE", "data.py describe", "--template plain")
 
 
-@pytest.mark.parametrize(
-    "value, expected",
-    [
-        ("{", "not JSON"),
-        ("[]", "list"),
-        ({"lamp": []}, "'lamp' is empty"),
-        ({"lamp": ["", ". "]}, "'lamp' is empty"),
-        ({"lamp": ["a", 3]}, "'lamp'"),
-        ({"lamp": "a lamp"}, "'lamp'"),
-        ({"lamp": {"a": 1}}, "'lamp'"),
-        ({"lamp": None}, "'lamp'"),
-    ],
-)
-def test_broken_descriptions_are_refused_in_one_line(description_file, value, expected):
-    path = description_file(value)
-    with pytest.raises(ValueError) as error:
-        data.load_descriptions(path, ["lamp"])
-    one_line(error, path, expected)
+SHIPPED = {"imagenet": 998, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "dtd": 47,
+           "oxford_flowers": 102, "food101": 101, "fgvc_aircraft": 100, "sun397": 397,
+           "eurosat": 10, "ucf101": 101}                # ImageNet: two names stand for two classes
 
 
-def test_wrong_file_for_a_thousand_classes_is_refused_quickly(description_file):
-    path = description_file({f"thing number {i}": ["x"] for i in range(1000)})
-    with pytest.raises(ValueError) as error:
-        data.load_descriptions(path, [f"class of {i} items" for i in range(1000)])
-    one_line(error, "1000 of 1000", "class of 9 items; and 990 more")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_descriptions_are_ten_whole_sentences_a_class_that_clip_can_read(name):
+    described = data.read_json_object(data.default_descriptions(name))
+    assert len(described) == SHIPPED[name]
+    named = 0
+    for class_name, sentences in described.items():
+        assert len(sentences) == 10, class_name
+        stems = [word.rstrip("s") for word in re.findall(r"[^\W_]+", class_name.lower())]
+        for sentence in sentences:
+            assert 6 <= len(re.findall(r"[\w']+", sentence)) <= 32, sentence
+            assert sentence == " ".join(sentence.split()) and sentence.endswith("."), sentence
+            named += any(stem in sentence.lower() for stem in stems)
+    flat = [sentence for sentences in described.values() for sentence in sentences]
+    assert len({sentence.lower() for sentence in flat}) == len(flat)
+    assert named > 0.9 * len(flat)
+    clip.tokenize(flat)                                 # raises where one is longer than 77 tokens
 
 
-@pytest.mark.parametrize("name, dataset", [("stanford_cars", "stanford_cars"), ("birds", "PATH")])
-def test_missing_descriptions_say_how_to_make_them(name, dataset, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "SHIPPED", str(tmp_path))
-    with pytest.raises(FileNotFoundError) as error:
-        data.default_descriptions(name)
-    one_line(error, name, "--descriptions FILE", f"data.py describe --dataset {dataset}",
-             "--template plain and atprompt need none")
+def test_shipped_descriptions_fit_the_fields_class_names():
+    names = {name: layout.names for name, layout in worlds.LAYOUTS.items()}
+    names |= {"fgvc_aircraft": worlds.AIRCRAFT, "imagenet": ["tench", "missile", "pug"]}
+    for name, classes in names.items():
+        typed = list(classes.values()) if isinstance(classes, dict) else classes
+        assert len(data.load_descriptions(data.default_descriptions(name), typed)) == len(typed)
 
 
-def test_descriptions_of_the_project_are_found():
-    assert data.default_descriptions("toy") == str(ROOT / "assets" / "descriptions" / "toy.json")
-    with pytest.raises(FileNotFoundError):
-        data.load_descriptions("none.json", ["a"])
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the sample files lie beside the repository")
-def test_real_description_files_load(tmp_path):
-    names = worlds.caltech101_tree(tmp_path)
-    sentences = data.load_descriptions(str(SHARED / "caltech101_llm.json"), names)
-    assert len(sentences) == 100 and all(len(s) == 10 for s in sentences)
-    names = worlds.eurosat_tree(tmp_path)
-    assert len(data.load_descriptions(str(SHARED / "eurosat_llm.json"), names, 25)[9]) == 25
-    with pytest.raises(ValueError) as error:
-        data.load_descriptions(str(SHARED / "eurosat_llm.json"), names + ["sea lake", "highway"])
-    one_line(error, "2 of 12", "sea lake", "highway (closest: Highway or Road")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_descriptions_have_every_class_of_the_real_lists(name):
+    real = pathlib.Path(data.ASSETS).parent.parent / "shared" / "class_names" / f"{name}.json"
+    if not real.is_file():
+        pytest.skip("the list of real class names is not beside the project")
+    names = json.loads(real.read_text(encoding="utf-8"))
+    assert set(data.read_json_object(data.default_descriptions(name))) == set(names)
+    assert name != "imagenet" or not {each.lower() for each in names} & set(data.OLD_NAMES)
 
 
 # ----------------------------------------------------------------------------------------- images
 
+def saved(path, picture, format, **options):
+    path.parent.mkdir(exist_ok=True)
+    picture.save(path, format=format, **options)
+    return str(path)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "LA"])
 def test_images_of_every_mode_become_rgb(tmp_path, mode):
-    path = str(tmp_path / "image.jpg")
-    worlds.write_image(path, 3, 1, mode, size=(40, 30))
-    image = data.load_image(path)
+    worlds.write_image(tmp_path / "image.jpg", 3, 1, mode, size=(40, 30))
+    image = data.load_image(tmp_path / "image.jpg")
     assert image.mode == "RGB" and image.size == (40, 30)
-    assert data.test_transform(16)(image).shape == (3, 16, 16)
 
 
-def ramp():
-    return np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+ENDINGS = {"jpg": "JPEG", "JPEG": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "PNG": "PNG", "bmp": "BMP",
+           "webp": "WEBP", "tif": "TIFF", "tiff": "TIFF", "ppm": "PPM", "pgm": "PPM", "gif": "GIF",
+           "avif": "AVIF", "jp2": "JPEG2000", "heic": "HEIF", "heif": "HEIF"}
 
 
-@pytest.mark.parametrize("mode, extension", [("I;16", "png"), ("I;16", "tif"), ("I;16B", "tif"),
-                                             ("I", "tif")])
-def test_grey_images_of_16_bits_are_scaled_and_not_clipped(tmp_path, mode, extension):
-    stored = ramp().astype({"I;16": "<u2", "I;16B": ">u2", "I": np.int32}[mode])
-    image = Image.frombytes(mode, (64, 64), stored.tobytes())
-    path = tmp_path / f"x-ray.{extension}"
-    image.save(path)
-    with Image.open(path) as opened:
-        assert opened.mode.startswith("I")
-    pixels = np.asarray(data.load_image(str(path)))
-    assert np.array_equal(pixels, np.repeat(ramp()[:, :, None] // 256, 3, 2))
+def test_pictures_are_found_by_ending_and_read_by_what_they_are(tmp_path):
+    picture = Image.new("RGB", (48, 48), (200, 100, 50))
+    folder = tmp_path / "pictures"
+    paths = [saved(folder / f"1.{ending}", picture, format)
+             for ending, format in ENDINGS.items() if format in data.FORMATS]
+    for name in ("1.eps", "notes.txt", "clip.mp4", ".1.jpg"):
+        (folder / name).write_text("")
+    assert data.image_files(folder) == sorted(paths) and len(paths) >= 12
+    for path in paths:
+        assert np.abs(np.asarray(data.load_image(path), float) - (200, 100, 50)).max() < 60, path
+    assert data.load_image(saved(folder / "webp.jpg", picture, "WEBP")).size == (48, 48)
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L", "I"])
-def test_every_16_bit_mode_of_pillow_is_scaled(mode):
-    stored = ramp().astype({"I;16B": ">u2", "I": np.int32}.get(mode, "<u2"))
-    image = Image.frombytes(mode, (64, 64), stored.tobytes())
-    assert np.array_equal(np.asarray(data.from_16_bits(image)), ramp() // 256)
+def test_no_file_makes_pillow_start_another_program(tmp_path, monkeypatch):
+    """Ghostscript would draw this one."""
+    path = saved(tmp_path / "drawing.jpg", Image.new("RGB", (8, 8)), "EPS")
+    started = []
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append(path))
+    assert path in failure(data.load_image, path, kind=data.BadImage) and not started
+
+
+def png_of_16_bits(path, channels):
+    """Pillow writes no RGB of 16 bits, so: signature, IHDR, IDAT, IEND."""
+    def chunk(kind, body):
+        return (struct.pack(">I", len(body)) + kind + body
+                + struct.pack(">I", zlib.crc32(kind + body)))
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    head = struct.pack(">IIBBBBB", 4, 4, 16, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + bytes(8 * channels) for _ in range(4))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("kind", ["I;16 png", "I;16 tif", "I;16B tif", "I tif", "F tif", "P5 pgm",
+                                  "1 channel", "2 channels", "3 channels", "4 channels"])
+def test_more_than_8_bits_a_channel_are_refused(tmp_path, kind):
+    what, ending = kind.split()
+    path = tmp_path / f"x-ray.{ending}"
+    if what == "P5":
+        path.write_bytes(b"P5 8 8 65535\n" + bytes(128))
+    elif what.isdigit():
+        png_of_16_bits(path, int(what))
+    else:
+        dtype = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4", "F": "<f4"}[what]
+        saved(path, Image.frombytes(what, (8, 8), np.arange(64).astype(dtype).tobytes()), None)
+    one_line(failure(data.load_image, path, kind=data.BadImage), path, "8 bits")
+
+
+def turned_picture(path):
+    """A landscape, white on the left, that its camera says to turn by 90 degrees clockwise."""
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(path, Image.fromarray(pixels), "JPEG", exif=exif)
+
+
+def test_own_pictures_are_turned_as_their_exif_says_and_the_fields_are_not(tmp_path):
+    worlds.own_folders_tree(tmp_path / "birds")
+    worlds.eurosat_tree(tmp_path)
+    for name in (tmp_path / "birds", "eurosat"):
+        items = data.load_dataset(name, tmp_path).test
+        turned_picture(pathlib.Path(items[0].source))
+        image, _ = data.Images(items, np.asarray)[0, 0]
+        if name == "eurosat":
+            assert image.shape == (20, 40, 3)
+        else:
+            assert image.shape == (40, 20, 3) and image[:15].min() > 200 and image[25:].max() < 50
 
 
 def broken_images(folder):
-    good = folder / "good.jpg"
-    worlds.write_image(str(good), 0, 0, size=(200, 200))
-    png = folder / "broken.png"
-    worlds.write_image(str(png), 0, 0, mode="P", size=(80, 80))
-    content = {"cut.jpg": good.read_bytes()[:-400], "text.jpg": b"<html>", "empty.jpg": b"",
-               "broken.png": png.read_bytes()[:60] + b"garbage" + png.read_bytes()[67:]}
-    for name, text in content.items():
+    """Paths of files that are no pictures, each in its own way; the first says more in its name."""
+    worlds.write_image(folder / "good.jpg", 0, 0, size=(200, 200))
+    worlds.write_image(folder / "good.png", 0, 0, mode="P", size=(80, 80))
+    good, png = (folder / "good.jpg").read_bytes(), (folder / "good.png").read_bytes()
+    contents = {"cut.jpg": good[:-400], "text.jpg": b"<html>", "empty.jpg": b"",
+                "broken.png": png[:60] + b"garbage" + png[67:]}
+    for name, text in contents.items():
         (folder / name).write_bytes(text)
-    return [folder / name for name in (*content, "gone.jpg")]
+    return [str(folder / name) for name in (*contents, "gone.jpg")]
 
 
-def test_unreadable_images_are_named(tmp_path):
-    for path in broken_images(tmp_path):
-        with pytest.raises(ValueError) as error:
-            data.load_image(str(path))
-        one_line(error, path, "not skipped")
+def test_unreadable_images_are_named_and_all_at_once(tmp_path):
+    bad = broken_images(tmp_path)
+    for path in bad:
+        assert path in failure(data.load_image, path, kind=data.BadImage)
+    items = [data.Item(path, 0) for path in (bad[0], str(tmp_path / "good.jpg"), *bad[1:])]
+    line = failure(data.check_pictures, items, kind=data.BadImage)
+    one_line(line, "5 pictures", *bad)
+    assert "good.jpg" not in line
+    data.check_pictures(items[1:2])
+
+
+@pytest.mark.parametrize("format", ["PNG", "AVIF"])
+def test_what_pillow_has_other_words_for_is_a_bad_image_too(tmp_path, format):
+    """An EXIF record that was cut off; a picture of a good head and a body of noise."""
+    if format not in data.FORMATS:
+        pytest.skip("this Pillow reads no AVIF")
+    path = tmp_path / "picture"
+    saved(path, noise(48, 48), format, **({"exif": b"Exif\0\0MM\0*"} if format == "PNG" else {}))
+    if format == "AVIF":
+        at = path.read_bytes().index(b"mdat") + 4
+        path.write_bytes(path.read_bytes()[:at] + b"\xff" * 20 + path.read_bytes()[at + 20:])
+    items = [data.Item(str(path), 0, upright=True)]
+    assert str(path) in failure(data.check_pictures, items, kind=data.BadImage)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_image_stops_a_loader_with_one_line(tmp_path, workers):
+def test_a_corrupt_image_stops_a_loader_with_one_line(tmp_path, workers):
     path = tmp_path / "bad.jpg"
     path.write_text("no image")
-    images = data.Images([data.Item(str(path), 0)], data.test_transform(8))
-
-    try:
-        message = str(list(data.loader(images, workers=workers)))
-    except ValueError as error:
-        message = str(error)
-        traceback.clear_frames(
-            error.__traceback__
-        )  # else the failed loader waits for the garbage collector, then 5 s
-    assert str(path) in message and "not skipped" in message and "\n" not in message
+    images = data.Images([data.Item(str(path), 0)], data.test_transform(PREPROCESS))
+    with pytest.raises(data.BadImage) as error:
+        list(data.loader(images, workers=workers))
+    one_line(error, path)
+    # Else the failed loader waits for the garbage collector, then 5 s.
+    traceback.clear_frames(error.value.__traceback__)
 
 
-def test_mean_and_std_are_clips():
-    assert data.CLIP_MEAN == (0.48145466, 0.4578275, 0.40821073)
-    assert data.CLIP_STD == (0.26862954, 0.26130258, 0.27577711)
+# ---------------------------------------------------------------------------- crops
+
+PREPROCESS = prompts.OPENAI_PREPROCESS | {"size": (24, 24)}
+
+
+def noise(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize("size", [(401, 300), (300, 401), (224, 224), (90, 50)])
 @pytest.mark.parametrize("resolution", [224, 32])
 def test_test_transform_and_normalize_are_clips_preprocessing(size, resolution):
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    ours = data.normalize(data.test_transform(resolution)(image))
-    clips = clip.clip._transform(resolution)(image)
-    assert ours.dtype == clips.dtype == torch.float32 and torch.allclose(ours, clips, atol=1e-6)
+    preprocess = PREPROCESS | {"size": (resolution, resolution)}
+    crop = data.test_transform(preprocess)(noise(*size))
+    assert crop.dtype == torch.uint8
+    clips = clip.clip._transform(resolution)(noise(*size))
+    for ours in (data.normalize(crop, preprocess),
+                 data.normalize(crop[None], preprocess, "cpu")[0]):
+        assert ours.dtype == clips.dtype == torch.float32
+        assert torch.allclose(ours, clips, atol=1e-6)
 
 
-def test_normalize_takes_batches_of_training_crops_as_clip_takes_a_picture():
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    torch.manual_seed(0)
-    crops = torch.stack([data.train_transform(32)(image) for _ in range(3)])
-    assert crops.dtype == torch.uint8 and crops.shape == (3, 3, 32, 32)
-    clips = clip.clip._transform(32)
-    expected = torch.stack(
-        [clips(Image.fromarray(crop.permute(1, 2, 0).numpy())) for crop in crops]
-    )
-    assert torch.allclose(data.normalize(crops), expected, atol=1e-6)
+def test_some_clips_squash_and_have_numbers_of_their_own():
+    preprocess = {"size": (16, 24), "mean": (0.5, 0.25, 0.75), "std": (0.5, 0.25, 0.125),
+                  "interpolation": "bilinear", "resize_mode": "squash"}
+    crop = data.test_transform(preprocess)(noise(60, 40))
+    expected = noise(60, 40).resize((24, 16), Image.BILINEAR)
+    assert torch.equal(crop, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1)
+    found = data.normalize(pixels, preprocess).flatten()
+    assert torch.allclose(found, torch.tensor([-1.0, -0.2, 2.0]))
+    assert data.train_transform(preprocess)(noise(60, 40)).shape == (3, 16, 24)
 
 
 def test_train_transform_crops_and_flips():
     ramp = np.tile(np.linspace(0, 255, 256)[None, :, None], (64, 1, 3)).astype(np.uint8)
-    crop = data.train_transform(32).transforms[0]
-    assert crop.scale == (0.08, 1.0) and crop.interpolation.value == "bicubic"
+    transform = data.train_transform(PREPROCESS)
+    assert transform.transforms[0].scale == (0.08, 1.0)
+    assert transform.transforms[0].interpolation.value == "bicubic"
     torch.manual_seed(0)
-    pictures = [data.train_transform(32)(Image.fromarray(ramp)) for _ in range(60)]
-    slopes = [int(x[0, 16, -1]) - int(x[0, 16, 0]) for x in pictures]
+    pictures = [transform(Image.fromarray(ramp)) for _ in range(60)]
+    slopes = [int(x[0, 12, -1]) - int(x[0, 12, 0]) for x in pictures]
     assert 15 < sum(slope < 0 for slope in slopes) < 45         # half of them flipped
     assert min(map(abs, slopes)) < 0.6 * max(map(abs, slopes))  # crops of different widths
 
@@ -1329,6 +853,10 @@ def test_train_transform_crops_and_flips():
 @pytest.fixture
 def items(world):
     return data.load_dataset("dtd", world[0]).train[:10]
+
+
+def images_of(items, seed=7, transform=data.train_transform):
+    return data.Images(items, transform(PREPROCESS), seed=seed)
 
 
 def crops_of(images, epochs=(1,), **options):
@@ -1339,37 +867,25 @@ def crops_of(images, epochs=(1,), **options):
     return pixels.reshape(len(epochs), len(images), *pixels.shape[1:])
 
 
-def images_of(items, seed=7):
-    return data.Images(items, data.train_transform(24), seed=seed)
-
-
 def test_a_crop_depends_on_seed_epoch_and_index_alone(items):
     images = images_of(items)
     first = crops_of(images, (1, 2))
     torch.manual_seed(99)
+    before = torch.get_rng_state()
     assert torch.equal(images[2, 3][0], first[1, 3]) and images[2, 3][1] == items[3].label
     assert torch.equal(crops_of(images, (2,))[0], first[1])
+    assert torch.equal(before, torch.get_rng_state())           # the global generator stays
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(crops_of(images_of(items, 8))[0], first[0])
     same = crops_of(images_of([items[0]] * 2))[0]
     assert not torch.equal(same[0], same[1])                    # one image twice gets two crops
 
 
-def test_cropping_leaves_the_global_generator_alone(items):
-    before = torch.get_rng_state()
-    crops_of(images_of(items[:3]))
-    assert torch.equal(before, torch.get_rng_state())
-
-
 def test_worker_processes_give_the_same_crops(items):
     images = images_of(items)
-    assert torch.equal(crops_of(images, (1, 2), workers=2), crops_of(images, (1, 2)))
-
-
-def test_workers_started_by_spawn_get_the_same_images(items):
-    images = images_of(items[:4])
-    sent = pickle.loads(pickle.dumps(images))                   # which is how they get them
-    assert torch.equal(crops_of(sent), crops_of(images))
+    sent = pickle.loads(pickle.dumps(images))                   # as spawned workers get them
+    expected = crops_of(images, (1, 2))
+    assert torch.equal(crops_of(sent, (1, 2), workers=2), expected)
 
 
 def test_no_batch_spans_two_epochs():
@@ -1389,176 +905,207 @@ class Tower:
         self.dtype = dtype
         self.images = 0
 
-    def __call__(self, x):
-        self.images += len(x)
-        return (x.flatten(1) @ self.weight).to(self.dtype)
+    def __call__(self, crops):
+        assert crops.dtype == torch.uint8 and not torch.is_grad_enabled()
+        self.images += len(crops)
+        return (crops.flatten(1) / 255 @ self.weight).to(self.dtype)
 
 
-def features_of(images, tower, epochs=(1, 2), kept=None, **options):
+def features_of(images, tower, epochs=(1, 2), **options):
     """f of each epoch, one after the other: (epochs, n, d)."""
-    features = data.epoch_features(images, list(epochs), tower, "cpu", kept=kept, **options)
-    return torch.stack([f for f, _ in features])
+    return torch.stack([f for f, _ in data.epoch_features(images, list(epochs), tower, **options)])
 
 
-def test_epoch_features_are_the_towers_of_the_normalised_crops(items):
-    images, tower = images_of(items), Tower()
-    found = features_of(images, tower)
-    crops = crops_of(images, (1, 2))
-    expected = torch.stack([tower(data.normalize(epoch)) for epoch in crops])
-    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-6)
+@pytest.fixture
+def many(items):
+    """Some more images than the tower takes at a time."""
+    return images_of((items * 26)[:data.ENCODE_BATCH + 3])
 
 
-def test_epoch_features_have_crops_for_who_needs_them_and_f_for_who_needs_it(items):
-    images = images_of(items)
-    features = data.epoch_features(images, [1, 2], None, "cpu", keep_crops=True)
-    for epoch, (f, crops) in zip((1, 2), features, strict=True):
-        assert f is None and torch.equal(crops, crops_of(images, (epoch,))[0])
-    (f, crops), = data.epoch_features(images, [1], Tower(), "cpu")
-    assert crops is None and f.shape == (10, 8)
+def test_epoch_features_are_the_towers_of_each_epochs_crops(many):
+    found = features_of(many, Tower())
+    with torch.no_grad():
+        expected = torch.stack([Tower()(epoch) for epoch in crops_of(many, (1, 2))])
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-5)
+
+
+def test_epoch_features_have_crops_for_who_needs_them_and_f_for_who_needs_it(many):
+    features = data.epoch_features(many, [1, 2], None, keep_crops=True)
+    for expected, (f, crops) in zip(crops_of(many, (1, 2)), features, strict=True):
+        assert f is None and torch.equal(crops, expected)
+    ((f, crops),) = data.epoch_features(many, [1], Tower())
+    assert crops is None and f.shape == (len(many), 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kept_features_are_the_same_to_the_bit_and_no_image_is_opened(
-    items, tmp_path, monkeypatch, dtype
-):
+        items, tmp_path, monkeypatch, dtype):
     images, tower = images_of(items), Tower(dtype)
     expected = features_of(images, tower)
     kept = data.KeptFeatures(tmp_path / "cache", ["tiny", str(dtype)], images)
     assert torch.equal(features_of(images, tower, kept=kept), expected) and tower.images == 40
     assert len(list((tmp_path / "cache").iterdir())) == 2
     monkeypatch.setattr(data, "load_image", None)
-    assert torch.equal(features_of(images, tower, kept=kept), expected) and tower.images == 40
+    found = features_of(images, tower, kept=kept)
+    assert torch.equal(found, expected) and found.dtype == torch.float32 and tower.images == 40
 
 
 def test_kept_features_spare_the_tower_where_crops_are_needed(items, tmp_path):
     images, tower = images_of(items), Tower()
     kept = data.KeptFeatures(tmp_path / "cache", ["tiny"], images)
-    expected = features_of(images, tower, kept=kept)
-    features = data.epoch_features(images, [1, 2], tower, "cpu", keep_crops=True, kept=kept)
-    for i, (f, crops) in enumerate(features):
-        epoch = (1, 2)[i]
-        assert torch.equal(f, expected[i]) and torch.equal(crops, crops_of(images, (epoch,))[0])
-    assert tower.images == 20
+    expected = features_of(images, tower, (1,), kept=kept)
+    features = list(data.epoch_features(images, [1, 2], tower, kept=kept, keep_crops=True))
+    for epoch, (f, crops) in zip((1, 2), features, strict=True):
+        assert torch.equal(crops, crops_of(images, (epoch,))[0])
+        assert torch.equal(f, features_of(images, Tower(), (epoch,))[0])
+    assert torch.equal(features[0][0], expected[0]) and tower.images == 20
 
 
-def damages():
-    yield lambda path: path.write_bytes(b"")
-    yield lambda path: path.write_bytes(path.read_bytes()[:-30])
-    yield lambda path: path.write_bytes(path.read_bytes()[:150] + b"\xff" + path.read_bytes()[151:])
-    yield lambda path: np.savez(path, features=np.zeros((10, 8), np.float32), what="another run's")
-    yield lambda path: np.savez(path, features=np.zeros((10, 8), np.float32))
-
-
-@pytest.mark.parametrize("damage", list(damages()))
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes()[:-30]),
+    lambda path: path.write_bytes(path.read_bytes()[:-300] + b"\xff" + path.read_bytes()[-299:]),
+    lambda path: np.savez(path, features=np.zeros((9, 8), np.float32)),
+    lambda path: np.savez(path, features=np.array([print] * 10)),       # a pickle: not unpacked
+    lambda path: np.savez(path, other=np.zeros((10, 8), np.float32))])
 def test_a_damaged_or_foreign_kept_file_is_made_again(items, tmp_path, damage):
     images, tower = images_of(items), Tower()
     kept = data.KeptFeatures(tmp_path, ["tiny"], images)
     expected = features_of(images, tower, kept=kept)
-    whole = kept.path(2).read_bytes()
     damage(kept.path(2))
-    assert torch.equal(features_of(images, tower, kept=kept), expected)
+    assert torch.equal(features_of(images, tower, kept=kept), expected) and tower.images == 30
     with np.load(kept.path(2)) as file:
         assert np.array_equal(file["features"], expected[1].numpy())
-    assert len(kept.path(2).read_bytes()) == len(whole)
 
 
-def test_kept_features_of_other_images_seeds_crops_or_clips_are_not_found(items, tmp_path):
+def test_kept_features_of_anything_else_are_not_found(items, tmp_path, monkeypatch):
     path = tmp_path / "copy.jpg"
-    worlds.write_image(str(path), 1, 1)
+    worlds.write_image(path, 1, 1)
     images = images_of([*items, data.Item(str(path), 1)])
     kept = data.KeptFeatures(tmp_path, ["tiny"], images)
     kept.write(1, torch.zeros(11, 8))
     assert data.KeptFeatures(tmp_path, ["tiny"], images).has(1) and not kept.has(2)
+    other_size = data.train_transform(PREPROCESS | {"size": (25, 24)})
     for other in (images_of(images.items, 8), images_of(images.items[::-1]),
-                  data.Images(images.items, data.train_transform(25), 7),
-                  data.Images(images.items, data.test_transform(24), 7)):
+                  images_of([item._replace(upright=True) for item in images.items]),
+                  data.Images(images.items, other_size, 7),
+                  images_of(images.items, transform=data.test_transform)):
         assert not data.KeptFeatures(tmp_path, ["tiny"], other).has(1)
     assert not data.KeptFeatures(tmp_path, ["large"], images).has(1)
-    worlds.write_image(str(path), 1, 2)
+
+    with monkeypatch.context() as patch:                        # two Pillows, two crops
+        patch.setattr(data.PIL, "__version__", "0.0")
+        assert not data.KeptFeatures(tmp_path, ["tiny"], images).has(1)
+    before = path.stat()
+    worlds.write_image(path, 1, 2)                              # another picture of the same time
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size != before.st_size
+    assert not data.KeptFeatures(tmp_path, ["tiny"], images).has(1)
+    worlds.write_image(path, 1, 1)                              # or of the same size, but later
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert not data.KeptFeatures(tmp_path, ["tiny"], images).has(1)
 
 
 def test_one_set_of_workers_serves_all_epochs(items, monkeypatch):
-    made = []
-
-    def counted(*arguments, **options):
-        made.append(loader(*arguments, **options))
-        return made[-1]
-    loader = data.loader
-    monkeypatch.setattr(data, "loader", counted)
-    images, tower = images_of(items), Tower()
-    found = features_of(images, tower, (1, 2, 3), workers=1)
-    assert len(made) == 1 and made[0].num_workers == 1
-    monkeypatch.setattr(data, "loader", loader)
-    assert torch.equal(found, features_of(images, tower, (1, 2, 3)))
-
-
-def test_two_runs_may_fill_one_cache_at_once(items, tmp_path):
-    """Both ask for the same epochs by turns, as processes would: each finds the other's files."""
-    images, tower = images_of(items), Tower()
+    images, loaders, loader = images_of(items), [], data.loader
     expected = features_of(images, Tower(), (1, 2, 3))
-    kept = [data.KeptFeatures(tmp_path, ["tiny"], images) for _ in range(2)]
-    first, second = (data.epoch_features(images, [1, 2, 3], tower, "cpu", kept=own) for own in kept)
-    for f_expected, (f_first, _), (f_second, _) in zip(expected, first, second, strict=True):
-        assert torch.equal(f_first, f_expected) and torch.equal(f_second, f_expected)
-    assert tower.images == 30 and len(list(tmp_path.iterdir())) == 3
+    monkeypatch.setattr(data, "loader", lambda *arguments, **options: (
+        loaders.append(loader(*arguments, **options)) or loaders[-1]))
+    assert torch.equal(features_of(images, Tower(), (1, 2, 3), workers=1), expected)
+    assert [each.num_workers for each in loaders] == [1]
 
 
-def fill(folder, items, results):
-    images = images_of(items)
-    kept = data.KeptFeatures(folder, ["tiny"], images)
-    results.put(features_of(images, Tower(), range(1, 9), kept).numpy())
+# ---------------------------------------------------------------------------- what runs write
+
+def test_what_is_saved_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, order = tmp_path / "new" / "café.json", []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (order.append("fsync"), fsync(f)))
+    monkeypatch.setattr(os, "replace", lambda *names: (order.append(path.exists()),
+                                                       replace(*names)))
+    data.save_json(path, {"é": [1, None]})
+    assert order == ["fsync", False]
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": [1, None]}
+    data.save_csv(path.with_suffix(".csv"), [{"a": 1, "b": "é,"}, {"a": 2, "b": ""}])
+    assert path.with_suffix(".csv").read_bytes().decode() == 'a,b\r\n1,"é,"\r\n2,\r\n'
+    assert sorted(each.name for each in path.parent.iterdir()) == ["café.csv", "café.json"]
 
 
-def test_two_processes_may_fill_one_cache(items, tmp_path):
-    fork = multiprocessing.get_context("fork")
-    results = fork.SimpleQueue()
-    both = [fork.Process(target=fill, args=(tmp_path / "cache", items, results)) for _ in range(2)]
-    for process in both:
-        process.start()
-    found = [results.get() for _ in both]
-    for process in both:
-        process.join()
-    expected = features_of(images_of(items), Tower(), range(1, 9)).numpy()
-    assert np.array_equal(found[0], expected) and np.array_equal(found[1], expected)
-    names = [path.name for path in (tmp_path / "cache").iterdir()]
-    assert len(names) == 8 and not any("part" in name for name in names)
+@pytest.mark.parametrize("trouble, raised", [
+    (OSError(28, "No space left"), OSError), (RuntimeError("PytorchStreamWriter failed"), OSError),
+    (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_whatever_happens_the_old_file_stays_and_no_half_one(tmp_path, trouble, raised):
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+    with pytest.raises(raised) as error:
+        with data.written_aside(path) as aside:
+            pathlib.Path(aside).write_text("half")
+            raise trouble
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    if raised is OSError:
+        one_line(error, path, trouble.args[-1])
+
+
+def test_a_link_is_followed(tmp_path):
+    file, link = tmp_path / "disk" / "results.json", tmp_path / "results.json"
+    link.symlink_to(file)
+    for value in (1, 2):                                        # made, then replaced
+        data.save_json(link, value)
+        assert link.is_symlink() and json.loads(file.read_text()) == value
+    assert [each.name for each in file.parent.iterdir()] == ["results.json"]
+
+
+def test_devices_and_pipes_are_written_to_directly(tmp_path):
+    terminal, ours = os.openpty()
+    data.save_json(os.ttyname(ours), 1)
+    assert os.read(terminal, 100) == b"1\r\n"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    data.save_json(tmp_path / "pipe", 1)
+    assert os.read(reader, 100) == b"1\n"
+    for each in (terminal, ours, reader):
+        os.close(each)
+    assert (tmp_path / "pipe").is_fifo()
+    assert [each.name for each in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_no_two_settings_share_a_folders_name():
+    assert data.folder_name("coop", {}) == "coop"
+    assert data.folder_name("coop", {"tau": 0.5, "epochs": 1}) == "coop,epochs=1,tau=0.5"
+    settings = [{"a": "x,b=y"}, {"a": "x", "b": "y"}, {"a": ["x", "y"]}, {"a": ["x+y"]},
+                {"a": "%2F"}, {"a": "/"}, {"a": "x" * 300}, {"a": "x" * 299 + "y"}, {"a": "é" * 99}]
+    names = {data.folder_name("coop", each) for each in settings}
+    assert len(names) == len(settings)
+    assert all(len(name.encode()) < 250 and not set(name) & set('/\\:*?"<>|') for name in names)
+
+
+def test_a_folder_is_one_processs_alone_and_cleared_of_what_killed_ones_left(tmp_path):
+    def hold():
+        with data.only_process(tmp_path, wait=False, what="seed 1"):
+            return {each.name for each in tmp_path.iterdir()}
+    with data.only_process(tmp_path, wait=False, what="seed 1"):
+        one_line(failure(hold, kind=BlockingIOError), "seed 1", tmp_path)
+    (tmp_path / ".last.0123.part.pt").write_text("half")
+    (tmp_path / "last.pt").write_text("whole")
+    assert hold() == {".lock", "last.pt"}
 
 
 # ----------------------------------------------------------------------------------- command line
 
-def test_inventory_has_a_line_per_dataset(world, capsys, monkeypatch, tmp_path):
-    root, names = world
-    monkeypatch.setattr(data, "SHIPPED", str(tmp_path))
-    worlds.write_descriptions(str(tmp_path / "eurosat.json"), names["eurosat"])
-    worlds.write_descriptions(str(tmp_path / "dtd.json"), names["dtd"][1:])
-    assert data.main(["--root", root]) == 0
+def test_inventory_has_a_line_per_dataset(world, capsys, tmp_path):
+    assert data.main(["--root", world[0]]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert list(lines) == list(data.DATASETS)
-    assert "10 classes (5 base, 5 novel)" in lines["eurosat"] and "40 train" in lines["eurosat"]
-    assert "no descriptions" in lines["ucf101"] and "descriptions found" in lines["eurosat"]
-    assert "no description of 1 of 5 classes: banded" in lines["dtd"]
-    assert not list(tmp_path.glob("aliases*"))                  # a look writes nothing
-    assert "test only" in lines["imagenet_r"]
+    found = re.findall(r"\d+", lines["eurosat"])
+    assert found == ["5", "5", "40", "20"]                  # base, novel; train, test images
 
-
-def test_inventory_says_what_is_missing(tmp_path, capsys):
     worlds.oxford_pets_tree(tmp_path)
-    (tmp_path / "oxford_pets" / "split_zhou_OxfordPets.json").unlink()
+    split = tmp_path / "oxford_pets" / "split_zhou_OxfordPets.json"
+    split.unlink()
     assert data.main(["--root", str(tmp_path)]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert (
-        "split_zhou_OxfordPets.json is missing" in lines["oxford_pets"]
-        and "sun397 is missing" in lines["sun397"]
-    )
-    assert data.main(["--root", str(tmp_path / "none")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_data_py_runs_as_a_script(tmp_path):
-    run = subprocess.run([sys.executable, str(ROOT / "data.py"), "--root", str(tmp_path / "none")],
-                         capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "Traceback" not in run.stderr
+    assert f"{split} is missing" in lines["oxford_pets"]
+    assert f"{tmp_path / 'sun397'} is missing" in lines["sun397"]
 
 
 # A small server that speaks the chat-completions protocol.
@@ -1570,22 +1117,14 @@ class Server(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         type(self).requests.append((self.path, self.headers["Authorization"], body))
         status, text = type(self).answer(body["messages"][-1]["content"])
-        reply = {
-            "id": "1",
-            "object": "chat.completion",
-            "created": 0,
-            "model": body["model"],
-            "choices": [
-                {
-                    "index": 0,
-                    "finish_reason": "stop",
-                    "message": {"role": "assistant", "content": text},
-                }
-            ],
-        }
-        reply = json.dumps(reply if status == 200 else {"error": {"message": text}}).encode()
+        reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+                 "choices": [{"index": 0, "finish_reason": "stop",
+                              "message": {"role": "assistant", "content": text}}]}
+        reply = json.dumps(reply if status == 200 else {"error": {"message": text}})
+        page = text.startswith("<html>")
+        reply = (text if page else reply).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if page else "application/json")
         self.send_header("Content-Length", str(len(reply)))
         self.end_headers()
         self.wfile.write(reply)
@@ -1594,62 +1133,18 @@ class Server(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def form_of(request):
-    """What the server was told about the answer's form."""
-    return request[2]["messages"][0]["content"]
-
-
 def good_answer(question):
     thing = question.removeprefix("What does a ").removesuffix(" look like?")
     lines = [f"{i + 1}. A {thing} looks like pattern {i}." for i in range(4)]
-    return 200, "<think>\nHm, let me see.\n</think>\nHere are the sentences:\n\n" + "\n".join(
-        lines
-    ) + "\n" + lines[0]
-
-
-class FakeOpenAI:
-    """Where the optional client is not installed: the two calls that data.py makes, over urllib."""
-
-    class OpenAIError(Exception):
-        pass
-
-    def __init__(self, api_key, base_url, timeout):
-        self.key, self.url = api_key, base_url
-        self.chat = types.SimpleNamespace(completions=self)
-
-    def create(self, **body):
-        import urllib.error
-        import urllib.request
-
-        request = urllib.request.Request(
-            f"{self.url}/chat/completions",
-            json.dumps(body).encode(),
-            {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"},
-        )
-        try:
-            reply = json.load(urllib.request.urlopen(request))
-        except urllib.error.HTTPError as error:
-            raise self.OpenAIError(error.read().decode()) from None
-        except urllib.error.URLError as error:
-            raise self.OpenAIError(f"Connection error: {error}") from None
-        return types.SimpleNamespace(choices=[types.SimpleNamespace(message=types.SimpleNamespace(
-            content=choice["message"]["content"])) for choice in reply["choices"]])
-
-
-FAKE_MODULE = types.SimpleNamespace(OpenAI=FakeOpenAI, OpenAIError=FakeOpenAI.OpenAIError)
-
-
-@pytest.fixture(params=["openai", "fake"])
-def client(request, monkeypatch):
-    if request.param == "openai":
-        pytest.importorskip("openai")
-    else:
-        monkeypatch.setitem(sys.modules, "openai", FAKE_MODULE)
+    return 200, "\n".join(["<think>", "Hm, let me see.", "</think>", "Here are the sentences:", "",
+                           *lines, lines[0]])
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch, tmp_path):
     """Yields its base URL; Server.requests and Server.answer are fresh."""
+    pytest.importorskip("openai")
+    monkeypatch.chdir(tmp_path)
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     for name in ("NO_PROXY", "no_proxy"):
@@ -1665,219 +1160,98 @@ def server(monkeypatch):
 
 
 def describe(world, server, output, *more):
-    return data.main(
-        [
-            "describe",
-            "--dataset",
-            "dtd",
-            "--root",
-            world[0],
-            "--model",
-            "m1",
-            "--base-url",
-            server,
-            "--output",
-            str(output),
-            *more,
-        ]
-    )
+    return data.main(["describe", "--dataset", "dtd", "--root", world[0], "--model", "m1",
+                      "--base-url", server, "--output", str(output), *more])
 
 
-def test_describe_makes_a_file_that_loads(world, client, server, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+def test_describe_makes_a_file_that_loads(world, server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-secret\n")
     output = tmp_path / "new" / "dtd.json"
     assert describe(world, server, output, "--per-class", "4") == 0
-    names = data.load_dataset("dtd", world[0]).class_names
-    loaded = data.load_descriptions(str(output), names)
-    assert loaded == [[f"A {name} looks like pattern {i}." for i in range(4)] for name in names]
-    path, key, body = Server.requests[0]
+    names = world[1]["dtd"]
+    assert data.load_descriptions(output, names) == [
+        [f"A {name} looks like pattern {i}." for i in range(4)] for name in names]
+    path, key, body = Server.requests[1]
     assert path == "/v1/chat/completions" and key == "Bearer sk-secret" and body["model"] == "m1"
-    asked = [body["messages"][-1]["content"] for _, _, body in Server.requests]
-    assert asked == [f"What does a {name} look like?" for name in names]
+    form, question = (message["content"] for message in body["messages"])
+    assert question == f"What does a {names[1]} look like?"
+    neighbours = form.rpartition("told apart:")[2]
+    assert "4 different sentences" in form and "8 to 30 words" in form
+    assert names[0] in neighbours and names[2] in neighbours and names[1] not in neighbours
     out = capsys.readouterr()
     assert "sk-secret" not in out.out + out.err + output.read_text()
-    assert [f.name for f in output.parent.iterdir()] == ["dtd.json"]  # no temporary file is left
     Server.requests.clear()
-    assert describe(world, server, output) == 0 and Server.requests == []  # nothing left to do
+    assert describe(world, server, output) == 0 and Server.requests == []   # nothing left to do
 
 
-def test_describe_asks_for_what_the_shipped_descriptions_are(world, client, server, tmp_path):
-    assert describe(world, server, tmp_path / "dtd.json", "--per-class", "4") == 0
-    names = data.load_dataset("dtd", world[0]).class_names
-    form = form_of(Server.requests[1])
-    for wanted in ("4 different sentences", "one a line", "8 to 30 words", "names the thing",
-                   "shape, parts, colours, surface", "scene or an action", "not in their subject",
-                   "cannot be seen", "true of this thing and not of these", names[0], names[2]):
-        assert wanted in form
-    assert names[1] not in form
+def test_describe_goes_on_after_a_failure(world, server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    names, output = world[1]["dtd"], tmp_path / "dtd.json"
+    output.write_text(json.dumps({names[1].upper(): ["Mine."], names[0]: []}))
+    Server.answer = staticmethod(lambda question: (400, "sk-secret is\nout of money")
+                                 if names[3] in question else good_answer(question))
+    assert describe(world, server, output, "--per-class", "2") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    one_line(line, names[3], server, "is out of money", output)
+    assert "sk-secret" not in line
+    assert set(json.loads(output.read_text())) == {names[0], names[1].upper(), names[2]}
+    Server.answer, Server.requests = staticmethod(good_answer), []
+    assert describe(world, server, output, "--per-class", "2") == 0 and len(Server.requests) == 2
+    assert list(map(len, data.load_descriptions(output, names))) == [2, 1, 2, 2, 2]
 
 
-def test_describe_names_the_classes_that_a_class_is_taken_for():
+def test_describe_asks_again_for_more_and_gives_up_on_silence(world, server, tmp_path, capsys):
+    count = iter(range(100))
+    Server.answer = staticmethod(lambda question: (200, f"- A thing seen {next(count)} times."))
+    output = tmp_path / "dtd.json"
+    assert describe(world, server, output, "--per-class", "2") == 0 and len(Server.requests) == 10
+    assert json.loads(output.read_text())["banded"] == ["A thing seen 0 times.",
+                                                        "A thing seen 1 times."]
+    assert describe(world, server, tmp_path / "ten.json") == 0 and len(Server.requests) == 10 + 15
+    Server.answer, Server.requests = staticmethod(lambda question: (200, "Sure:")), []
+    assert describe(world, server, tmp_path / "none.json") == 2 and len(Server.requests) == 3
+    one_line(capsys.readouterr().err.strip().splitlines()[-1], "banded", "m1")
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_describe_takes_a_dataset_of_ones_own_and_a_server_without_a_key(server, tmp_path):
+    names = worlds.own_folders_tree(tmp_path / "my birds")
+    assert data.main(["describe", "--dataset", str(tmp_path / "my birds"), "--model", "m",
+                      "--base-url", server, "--per-class", "2"]) == 0
+    assert len(data.load_descriptions(tmp_path / "descriptions-my-birds.json", names)) == 4
+    assert Server.requests[0][1] in ("Bearer none", "Bearer ")
+
+
+def test_what_describe_cannot_do_is_one_line_and_exit_code_2(world, server, tmp_path, capsys,
+                                                             monkeypatch):
+    def said(base_url, output="x.json"):
+        arguments = ["describe", "--dataset", "dtd", "--root", world[0], "--model", "m"]
+        more = ["--base-url", base_url] if base_url else []
+        assert data.main([*arguments, *more, "--output", output]) == 2
+        return one_line(capsys.readouterr().err.strip().splitlines()[-1])
+    assert "OPENAI_API_KEY" in said(None)
+    assert "http://127.0.0.1:9/v1" in said("http://127.0.0.1:9/v1")         # nobody listens there
+    (tmp_path / "list.json").write_text("[]")
+    assert "list.json" in said(server, "list.json") and Server.requests == []
+    Server.answer = staticmethod(lambda question: (200, "<html>A web page</html>"))
+    assert server in said(server)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert "pip install openai" in said(server) and not os.path.exists("x.json")
+
+
+def test_neighbours_share_words_or_stand_beside():
     names = ["707-320", "737-300", "737-400", "747-400", "A310", "DC-10", "Tu-154", "737-500"]
     assert data.neighbours("737-400", names, 4) == ["737-300", "747-400", "737-500", "707-320"]
     assert data.neighbours("737-400", names[2:3]) == []
 
 
-def test_describe_makes_descriptions_of_a_dataset_of_ones_own(client, server, tmp_path):
-    worlds.own_folders_tree(tmp_path / "my birds")
-    assert (
-        data.main(
-            [
-                "describe",
-                "--dataset",
-                str(tmp_path / "my birds"),
-                "--model",
-                "m",
-                "--base-url",
-                server,
-                "--per-class",
-                "2",
-            ]
-        )
-        == 0
-    )
-    names = data.load_dataset(tmp_path / "my birds").class_names
-    assert len(data.load_descriptions("descriptions-my-birds.json", names)) == 4
-
-
-def test_describe_resumes_after_a_failure(world, client, server, tmp_path, capsys):
-    names, output = data.load_dataset("dtd", world[0]).class_names, tmp_path / "dtd.json"
-    output.write_text(json.dumps({names[1].upper(): ["Mine."], names[0].upper(): []}))
-    Server.answer = staticmethod(
-        lambda q: (400, "out of\nmemory") if names[3] in q else good_answer(q)
-    )
-    assert describe(world, server, output, "--per-class", "2") == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        names[3] in message
-        and "out of" in message
-        and str(output) in message
-        and "resume" in message
-    )
-    assert set(json.loads(output.read_text())) == {names[0], names[1].upper(), names[2]}
-    assert Server.requests[0][1] in ("Bearer none", "Bearer ")  # no key: a dummy one
-    Server.answer, Server.requests = staticmethod(good_answer), []
-    assert describe(world, server, output, "--per-class", "2") == 0
-    assert len(Server.requests) == 2
-    loaded = data.load_descriptions(str(output), names)
-    assert loaded[1] == ["Mine."] and all(len(s) == 2 for i, s in enumerate(loaded) if i != 1)
-
-
-def test_describe_asks_again_for_more_and_gives_up_on_silence(
-    world, client, server, tmp_path, capsys
-):
-    count = iter(range(100))
-    Server.answer = staticmethod(lambda q: (200, f"- A thing seen {next(count)} times."))
-    output = tmp_path / "dtd.json"
-    assert describe(world, server, output, "--per-class", "2") == 0
-    assert len(Server.requests) == 10 and json.loads(output.read_text())["banded"] == [
-        "A thing seen 0 times.",
-        "A thing seen 1 times.",
-    ]
-    assert (
-        describe(world, server, output, "--per-class", "0") == 2
-        and "--per-class" in capsys.readouterr().err
-    )
-    Server.answer = staticmethod(lambda q: (200, "Sure:"))
-    assert describe(world, server, tmp_path / "other.json") == 2
-    assert (
-        "banded: m1 gave no sentence" in capsys.readouterr().err
-        and not (tmp_path / "other.json").exists()
-    )
-
-
-def test_describe_survives_a_base_url_that_answers_with_a_web_page(
-    world, tmp_path, capsys, monkeypatch
-):
-    page = types.SimpleNamespace(
-        chat=types.SimpleNamespace(completions=types.SimpleNamespace(create=lambda **_: "<html>"))
-    )
-    monkeypatch.setitem(
-        sys.modules,
-        "openai",
-        types.SimpleNamespace(OpenAI=lambda **_: page, OpenAIError=KeyError),
-    )
-    assert describe(world, "http://x", tmp_path / "dtd.json") == 2
-    assert "/v1" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_describe_without_key_client_or_server_says_so(
-    world, server, tmp_path, capsys, monkeypatch
-):
-    arguments = [
-        "describe",
-        "--dataset",
-        "dtd",
-        "--root",
-        world[0],
-        "--model",
-        "m",
-        "--output",
-        str(tmp_path / "x.json"),
-    ]
-    monkeypatch.setitem(sys.modules, "openai", FAKE_MODULE)
-    assert data.main(arguments) == 2 and "OPENAI_API_KEY" in capsys.readouterr().err
-    assert data.main([*arguments, "--base-url", "http://127.0.0.1:9/v1"]) == 2
-    assert "http://127.0.0.1:9/v1" in capsys.readouterr().err.splitlines()[-1]
-    (tmp_path / "x.json").write_text("[]")
-    assert (
-        data.main([*arguments, "--base-url", server]) == 2 and "x.json" in capsys.readouterr().err
-    )
-    monkeypatch.setitem(sys.modules, "openai", None)
-    assert data.main(arguments) == 2 and "pip install openai" in capsys.readouterr().err
-    assert Server.requests == []
-
-
-# -------------------------------------------------------------- the descriptions that are shipped
-
-SHIPPED = {"imagenet": 998, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "dtd": 47,
-           "oxford_flowers": 102, "food101": 101, "fgvc_aircraft": 100, "sun397": 397,
-           "eurosat": 10, "ucf101": 101}                # ImageNet: two names stand for two classes
-
-
-def shipped(name):
-    return json.loads(pathlib.Path(data.default_descriptions(name)).read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_descriptions_are_ten_whole_sentences_a_class_that_name_it(name):
-    sentences = shipped(name)
-    assert len(sentences) == SHIPPED[name]
-    named = 0
-    for class_name, listed in sentences.items():
-        assert len(set(listed)) == 10, class_name
-        stems = [word.rstrip("s") for word in data.words(class_name)]
-        for sentence in listed:
-            assert 6 <= len(re.findall(r"[\w']+", sentence)) <= 32, sentence
-            assert sentence == " ".join(sentence.split()) and sentence.endswith("."), sentence
-            named += any(stem in sentence.lower() for stem in stems)
-    assert named > 0.9 * 10 * len(sentences)
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_descriptions_are_short_enough_for_clip_and_no_two_are_the_same(name):
-    flat = [sentence for listed in shipped(name).values() for sentence in listed]
-    assert len({sentence.lower() for sentence in flat}) == len(flat)
-    prompts.clip.tokenize(flat)                         # raises where one is longer than 77 tokens
-
-
-def test_shipped_descriptions_fit_the_fields_class_names():
-    eurosat = list(data.DATASETS["eurosat"].rename.values()) + ["Forest", "River"]
-    typed = {"caltech101": worlds.CALTECH101_NAMES, "eurosat": eurosat,
-             "oxford_pets": worlds.PETS, "stanford_cars": worlds.CARS, "dtd": worlds.TEXTURES,
-             "food101": worlds.FOODS, "fgvc_aircraft": worlds.AIRCRAFT, "ucf101": worlds.ACTIONS,
-             "sun397": list(worlds.SCENES.values()), "oxford_flowers": worlds.FLOWERS,
-             "imagenet": ["tench", "missile", "kite (bird of prey)", "sunglasses", "pug"]}
-    for name, classes in typed.items():
-        path = data.default_descriptions(name)
-        notes = []
-        assert len(data.load_descriptions(path, classes, notes=notes)) == len(classes)
-        assert notes == [], name
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_descriptions_have_every_class_of_the_real_lists(name):
-    real = pathlib.Path(data.ASSETS).parent.parent / "shared" / "class_names" / f"{name}.json"
-    if not real.is_file():
-        pytest.skip("the list of real class names is not beside the project")
-    assert set(shipped(name)) == set(json.loads(real.read_text(encoding="utf-8")))
+@pytest.mark.parametrize("text, sentences", [
+    ("Okay, the user wants a lamp.\n</think>\nA lamp has a shade.", ["A lamp has a shade."]),
+    ("<think>\nA lamp, then.\n</think>\nA lamp has a shade.\n<think>\nIs that all there is?",
+     ["A lamp has a shade."]),
+    ("<think>\nThe user asks for a lamp.", []),             # it was cut off
+    ("Here are two sentences:\n\n1. A lamp is tall.\n2) \"A lamp is bright.\"\n- **It is red.**\n",
+     ["A lamp is tall.", "A lamp is bright.", "It is red."]),
+    ("3 lamps are there.\nLamp", ["3 lamps are there."])])
+def test_sentences_are_read_without_thoughts_numbers_and_headings(text, sentences):
+    assert data.read_answer(text) == sentences
