@@ -199,7 +199,9 @@ def run(args):
     settings, changed = resolve(args, dataset.name, "coop", "anchoropt")
     if args.anchor:                         # S4 of an anchor that is there, the authors' too
         clip_model = load_clip_for(settings, args)
-        print_nearest(load_anchor(args.anchor)[0], clip_model, args.nearest or 10)
+        tokens, _ = load_anchor(args.anchor)
+        check_width(clip_model, tokens)
+        print_nearest(tokens, clip_model, args.nearest or 10)
         return
     if not dataset.train:
         raise ValueError(f"{args.dataset} is for testing alone; learn the anchor on another "

@@ -1,135 +1,89 @@
 """How fast, how big, and how equal: our training step against the CoOp family's conventional one.
 
-    python tests/bench.py                      the whole table: ViT-B/16 sizes, random weights
-    python tests/bench.py --quick              20 classes, one timing: under 3 minutes on two cores
-    python tests/bench.py --device cuda --dtype float16
+    python tests/bench.py --device cuda --output DIR     all of it in ten minutes
+    python tests/bench.py --classes 50                   on a CPU, which does a and b
+    python tests/bench.py --quick                        a tiny CLIP: does the benchmark work?
 
-project       an epoch of one step of `stage2.adapt`, its order and what MaPLe does to its crops
-              included. Images are encoded once an epoch in large batches, and each step is charged
-              its share (on a CPU, `encode_image` itself goes on 8 at a time).
-features kept the same for whoever comes second with --feature-cache: instead of the images' share
-              that of reading the epoch's file, `data.KeptFeatures`.
-conventional  77 positions for every class through CLIP's own, unmodified residual blocks; the
-              anchor prompt encoded anew at every step without gradient; the step's images encoded
-              inside it; CoCoOp image by image.
+On ViT-B/16 with random weights: (a) seconds, dispatched kernels (no views) and peak memory of a
+step; (b) the frozen image tower; (c) a run of Caltech101's size, first and with its features kept;
+(d) losses in float16 and float32; (e) whether a step waits for the GPU, and what fills its time.
 
-Both share whatever never touches a tower (template with its Gumbel noise, meta-network, heads, loss
-functions, optimizer) and run on the same weights and inputs in one process, in turns. A step is
-forward, backward and update (the text side: forward and backward). Times are medians of turns of
-two seconds, or of one step where it takes longer, after a warm-up; a cell has at most five turns,
-and none begins after a minute. Peak memory is that of a process of its own. Kernels are the
-operations that a step dispatches, views left out: on a GPU, how often something is launched.
+project: steps of `stage2.adapt`. Image features are computed once an epoch, in large batches; each
+step is charged its share. conventional: 77 positions for every class through CLIP's own blocks, the
+anchor prompt anew at every step, the step's images inside it, CoCoOp image by image. Both share
+what never touches a tower (template, Gumbel noise, meta-network, heads, losses, optimizer) and run
+on the same weights and inputs, in turns. A step is forward, backward and update, at learning rate
+0. Times are medians after a warm-up.
 """
 
 import argparse
-import datetime
-import functools
-import gc
-import json
+import contextlib
+import ctypes
+import io
 import os
 import pathlib
-import platform
-import random
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import types
+from functools import partial
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 import data
 import eval as evaluation
 import losses
+import prompts
 import stage1
 import stage2
-from anchor import AnchorPrompt, anchor_features
-from prompts import SOS, build_learner, clip, embed, encode_image, unit
+from anchor import anchor_features
+from prompts import SOS, build_learner, clip, embed, encode_image, preprocess_of
 
 SIZES = {"ViT-B/16": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
          "tiny": (64, 32, 3, 128, 8, 77, 49408, 128, 2, 3)}
-ROWS = {"coop": "CoOp", "cocoop": "CoCoOp", "maple": "MaPLe", "dept": "DePT"}
-BATCH = {"coop": 8, "cocoop": 4, "maple": 4, "dept": 4}     # the paper's; CoCoOp's is 1
-IMAGES = 800                                                # of an epoch: 50 classes, 16 shots
-
-NOUNS = """
-    accordion airplane anchor ant barrel beaver binocular bonsai buddha butterfly camera cannon
-    chandelier cougar crab crayfish crocodile cup dalmatian dolphin dragonfly elephant emu
-    euphonium ewer ferry flamingo gramophone hawksbill hedgehog helicopter ibis kangaroo ketch
-    laptop leopard llama lobster lotus mandolin mayfly menorah metronome minaret nautilus
-    octopus okapi pagoda panda pigeon pizza platypus revolver rhino rooster saxophone schooner
-    scorpion seahorse stapler starfish stegosaurus strawberry sunflower tick trilobite umbrella
-    warbler wheelchair wildcat wrench
-""".split()
-ADJECTIVES = """
-    alpine american black blue bronze common crested desert english european giant golden great
-    green italian japanese large northern painted pink purple royal scarlet silver small
-    southern spotted striped tiger western white wild wooden yellow
-""".split()
-KINDS = """
-    coast forest garden house island lake mountain river sea sand snow stone street valley
-    winter
-""".split()
+ROWS = ("coop", "cocoop", "maple", "dept")
 
 
-def class_names(n, seed=0):
-    """n different names of 1 to 4 words; a smaller n gives the first of a larger n's."""
-    draw, names = random.Random(seed), {}
-    while len(names) < n:
-        words = draw.choices((1, 2, 3, 4), (40, 40, 15, 5))[0]
-        parts = draw.sample(ADJECTIVES, max(0, words - 1))
-        if words > 2:
-            parts[-1] = draw.choice(KINDS)
-        names[" ".join([*parts, draw.choice(NOUNS)])] = None
-    return list(names)
-
-
-# ---------------------------------------------------------------------------- what both sides share
-
-def random_clip(size, device, dtype):
+def random_clip(size, device, dtype=torch.float32):
     """A frozen CLIP with random weights, in the precision that `prompts.load_clip` gives."""
     torch.manual_seed(0)
     model = clip.model.CLIP(*SIZES[size])
-    if dtype != torch.float32:
-        clip.model.convert_weights(model)               # float16 where OpenAI's files have it
-        for parameter in model.parameters():
-            if parameter.dtype == torch.float16:
-                parameter.data = parameter.data.to(dtype)
+    if dtype == torch.float16:
+        clip.model.convert_weights(model)
     return model.to(device).eval().requires_grad_(False)
 
 
-def make_case(row, clip_model, n_classes, batch_size=None, class_chunk=0):
+def class_names(n, dataset="imagenet"):
+    """The first n of the classes that the project has descriptions of."""
+    return list(data.read_json_object(data.default_descriptions(dataset)))[:n]
+
+
+def make_case(row, clip_model, n_classes, batch_size=None):
     """One cell: the learner, its inputs, and what the conventional step tokenises beforehand."""
-    names, batch_size = class_names(n_classes), batch_size or BATCH[row]
-    scale = clip_model.logit_scale
+    names, scale = class_names(n_classes), clip_model.logit_scale
     device, wide = scale.device, scale.dtype                # float64 in some tests, else float32
+    R, d_t = clip_model.visual.input_resolution, clip_model.token_embedding.weight.shape[1]
     settings = stage1.default_settings("caltech101", row, "anchoropt")
-    settings |= {"class_chunk": class_chunk, "batch_size": batch_size}
+    B = settings["batch_size"] = batch_size or max(4, settings["batch_size"])
     if row == "maple":
         settings["depth"] = min(settings["depth"], clip_model.transformer.layers)
     torch.manual_seed(1)
-    width = clip_model.token_embedding.weight.shape[1]
-    anchor_tokens = torch.randn(settings["anchor_length"], width) * 0.02
+    anchor_tokens = torch.randn(settings["anchor_length"], d_t) * 0.02
     learner = build_learner(settings, clip_model, names, anchor_tokens).train().to(wide)
-    resolution = clip_model.visual.input_resolution
     case = types.SimpleNamespace(
-        row=row, clip_model=clip_model, learner=learner, settings=settings, names=names,
+        clip_model=clip_model, learner=learner, settings=settings,
+        crops=torch.randint(256, (B, 3, R, R), dtype=torch.uint8),
+        labels=torch.randint(n_classes, (B,)).to(device),
         distil=settings["lambda_2"] > 0,                    # DePT's paper setting has none
-        crops=torch.randint(256, (batch_size, 3, resolution, resolution), dtype=torch.uint8),
-        labels=torch.randint(n_classes, (batch_size,)).to(device),
-        optimizer=stage1.sgd(learner.parameters(), settings["lr"]),
-        still=stage1.sgd(learner.parameters(), 0),          # moves nothing
-        kernels={})                                         # (side, text_only) -> a step's
-    for parameter in learner.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    case.still.step()                                       # makes its momentum buffers
-    case.images = data.normalize(case.crops, device)
+        optimizer=stage1.sgd(learner.parameters(), 0),      # moves nothing
+        kernels={})                                         # side -> a step's
+    case.images = data.normalize(case.crops, preprocess_of(clip_model), device)
     with torch.no_grad():                                   # once an epoch, once a run
         case.f = encode_image(clip_model, case.images).to(wide)
         case.f_anc = anchor_features(clip_model, names, anchor_tokens, settings["preposition"])
@@ -139,51 +93,45 @@ def make_case(row, clip_model, n_classes, batch_size=None, class_chunk=0):
     return case
 
 
-# ---------------------------------------------------------------------------- the project's step
+class Steps:
+    """Stands for `stage1.Epochs`: one epoch. watched: after its first step, waiting is an error."""
 
-class OneStep:
-    """Stands for `stage1.Epochs`: one epoch of one step, whose loss stays here."""
-    steps = 1
-
-    def __init__(self, optimizer):
-        self.optimizers = [optimizer]
+    def __init__(self, optimizer, steps, watched):
+        self.optimizers, self.steps, self.watched, self.losses = [optimizer], steps, watched, []
 
     def __iter__(self):
         yield 1
 
     def note(self, loss, ce, kl):
-        self.loss = loss.detach()
+        self.losses.append(loss.detach())
+        if self.watched:
+            torch.cuda.set_sync_debug_mode("error" if len(self.losses) < self.steps else "default")
 
 
-def project_step(case, optimizer):
-    step = OneStep(optimizer)
-    features = [(case.f, case.crops if case.learner.needs_images else None)]
-    f_anc = case.f_anc if case.distil else None
-    stage2.adapt(case.learner, step, features, case.labels, case.settings, 1, f_anc)
-    return step.loss
+def project_steps(case, n=1, watched=False):
+    """n steps on the case's images, over and over. Returns their losses (n,)."""
+    crops = case.crops.repeat(n, 1, 1, 1) if case.learner.needs_images else None
+    steps = Steps(case.optimizer, n, watched)
+    stage2.adapt(case.learner, stage1.Run(case.settings, {}, 1, None), steps,
+                 iter([(case.f.repeat(n, 1), crops)]), case.labels.repeat(n),
+                 case.f_anc if case.distil else None)
+    return torch.stack(steps.losses)
 
 
-def project_text(case):
-    return case.learner.text_features(case.f)
-
-
-# ---------------------------------------------------------------------------- the conventional step
-
-def conventional_step(case, optimizer):
-    optimizer.zero_grad()
-    loss = conventional_loss(case)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+def conventional_steps(case, n=1):
+    torch.manual_seed(1_000_003 + 1)            # as `stage2.adapt` does in epoch 1 of seed 1,
+    torch.randperm(n * len(case.labels))        # with the order, drawn before the Gumbel noise
+    for _ in range(n):
+        loss = conventional_loss(case)
+        case.optimizer.zero_grad()
+        loss.backward()
+        case.optimizer.step()
+    return loss.detach().unsqueeze(0)
 
 
 def tokenise_77(clip_model, texts, n_context):
-    """What the CoOp family keeps from tokenising "X ... X text.", with n_context placeholders X.
-
-    Returns the embeddings behind the placeholders, and where [EOT] is.
-    """
-    placeholders = " ".join(["X"] * n_context)
-    tokens = clip.tokenize([f"{placeholders} {text}." for text in texts])
+    """Of "X ... X text." with n_context X: the embeddings behind these, and where [EOT] is."""
+    tokens = clip.tokenize([f"{'X ' * n_context}{text}." for text in texts])
     tokens = tokens.to(clip_model.logit_scale.device)
     with torch.no_grad():
         return clip_model.token_embedding(tokens)[:, 1 + n_context:], tokens.argmax(-1)
@@ -192,490 +140,340 @@ def tokenise_77(clip_model, texts, n_context):
 def encode_77(clip_model, context, tokenised, deep=None):
     """context (length, d_t), behind it each class's tokens and padding: 77 positions -> (C, d)."""
     behind, eot = tokenised
-    sos = embed(clip_model, [SOS]).to(behind.dtype)
-    before = torch.cat([sos, context.to(behind.dtype)]).expand(len(behind), -1, -1)
-    prompts = torch.cat([before, behind], dim=1)                                # (C, 77, d_t)
-    x = (prompts + clip_model.positional_embedding).to(clip_model.dtype).permute(1, 0, 2)
-    inside = slice(1, 1 + len(context))
+    before, end = torch.cat([embed(clip_model, [SOS]), context]), 1 + len(context)
+    x = torch.cat([before.to(behind.dtype).expand(len(behind), -1, -1), behind], dim=1)
+    x = (x + clip_model.positional_embedding).to(clip_model.dtype).transpose(0, 1)
     for layer, block in enumerate(clip_model.transformer.resblocks):
         if deep is not None:
-            changed = deep(layer, x[inside].permute(1, 0, 2)).permute(1, 0, 2)
-            x = torch.cat([x[:1], changed, x[inside.stop:]])
+            changed = deep(layer, x[1:end].transpose(0, 1)).transpose(0, 1)
+            x = torch.cat([x[:1], changed, x[end:]])
         x = block(x)                                                            # (77, C, d_t)
-    x = clip_model.ln_final(x.permute(1, 0, 2))
-    read = x[torch.arange(len(x), device=x.device), eot]
-    return read @ clip_model.text_projection.to(x.dtype)
+    x = clip_model.ln_final(x.transpose(0, 1))
+    return x[torch.arange(len(x), device=x.device), eot] @ clip_model.text_projection.to(x.dtype)
 
 
 def encode_image_prompted(clip_model, images, tokens):
     """MaPLe's image tower: tokens[l] (M, d_v) enter before CLIP's own block l. Returns (B, d)."""
     visual, M = clip_model.visual, len(tokens[0])
-    x = visual.conv1(images.to(clip_model.dtype)).flatten(2).permute(0, 2, 1)
-    first = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-    x = torch.cat([first, x], dim=1) + visual.positional_embedding.to(x.dtype)
+    x = visual.conv1(images.to(clip_model.dtype)).flatten(2).transpose(1, 2)
+    whole = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+    x = torch.cat([whole, x], dim=1) + visual.positional_embedding.to(x.dtype)
     prompts = [V_l.to(x.dtype).expand(len(x), -1, -1) for V_l in tokens]        # (B, M, d_v)
-    x = visual.ln_pre(torch.cat([x, prompts[0]], dim=1)).permute(1, 0, 2)
+    x = visual.ln_pre(torch.cat([x, prompts[0]], dim=1)).transpose(0, 1)
     for layer, block in enumerate(visual.transformer.resblocks):
         if 1 <= layer < len(prompts):
-            x = torch.cat([x[:-M], prompts[layer].permute(1, 0, 2)])
+            x = torch.cat([x[:-M], prompts[layer].transpose(0, 1)])
         x = block(x)
     return visual.ln_post(x[0]) @ visual.proj.to(x.dtype)
 
 
 def conventional_loss(case):
     """The same objective, with every feature computed inside the step, 77 positions at a time."""
-    clip_model, learner, template = case.clip_model, case.learner, case.learner.template
-    f = f_anc = None
+    clip_model, learner, settings = case.clip_model, case.learner, case.settings
+
+    def encode_context(context, deep=None):
+        if context.dim() == 2:
+            return encode_77(clip_model, context, case.normal, deep)
+        return torch.stack([encode_77(clip_model, each, case.normal) for each in context])
     with torch.no_grad():
-        if case.row != "maple" or case.distil:
-            f = clip_model.encode_image(case.images).to(clip_model.logit_scale.dtype)
+        f = clip_model.encode_image(case.images).to(clip_model.logit_scale.dtype)
         if case.distil:
-            f_anc = unit(encode_77(clip_model, template.anchor_tokens, case.anchor))
-
-    f_img, f_norm = f, None
-    if case.row == "cocoop":
-        l_norm = cocoop_logits(case, f)
-    else:
-        f_norm = conventional_text(case)
-        if case.row == "maple":
-            V = [template.soft_tokens, *learner.deep_tokens]
-            tokens = [linear(V_l) for linear, V_l in zip(learner.to_visual, V)]
-            f_img = encode_image_prompted(clip_model, case.images, tokens)
-        l_norm = clip_model.logit_scale.exp() * unit(f_img) @ unit(f_norm).T
-
+            f_anc = encode_77(clip_model, learner.template.anchor_tokens, case.anchor)
+    with (mock.patch.object(learner, "encode_context", encode_context),
+          mock.patch.object(prompts, "encode_image", encode_image_prompted)):
+        f_img = learner.image_features(f, case.images)
+        f_norm = learner.text_features(f_img)
+    l_norm = learner.logits(f_img, f_norm)                                      # Eq. 1
     ce = losses.cross_entropy(l_norm, case.labels)                              # Eq. 10
     ce = learner.own_loss(ce, f_img, f_norm, case.labels)                       # DePT's head
     kl = torch.zeros_like(ce)
     if case.distil:
         l_ens = losses.ensemble_logits(l_norm, learner.logits(f, f_anc))
-        kl = losses.distillation_kl(l_norm, l_ens, case.settings["temperature"])        # Eq. 11
-    return losses.total_loss(ce, kl, case.settings["lambda_1"], case.settings["lambda_2"])
+        kl = losses.distillation_kl(l_norm, l_ens, settings["temperature"])     # Eq. 11
+    return losses.total_loss(ce, kl, settings["lambda_1"], settings["lambda_2"])
 
 
-def cocoop_logits(case, f):
-    """Image by image: each has a context, and so a text feature of each class, of its own."""
-    contexts, _ = case.learner.template(case.learner.meta_net(unit(f)))         # (B, length, d_t)
-    rows = []
-    for u, context in zip(unit(f), contexts):
-        v = unit(encode_77(case.clip_model, context, case.normal))              # (C, d)
-        rows.append(case.clip_model.logit_scale.exp() * u @ v.T)
-    return torch.stack(rows)
+SIDES = {"project": project_steps, "conventional": conventional_steps}
 
 
-def conventional_text(case):
-    """The text features of CoOp, DePT and MaPLe, 77 positions a class: (C, d)."""
-    context, W = case.learner.template()
-    if case.row != "maple":
-        return encode_77(case.clip_model, context, case.normal)
-    V = case.learner.deep_tokens
-
-    def deep(layer, hidden):
-        if not 1 <= layer <= len(V):
-            return hidden
-        return case.learner.template.deepen(W, V[layer - 1].to(hidden.dtype), hidden)
-    return encode_77(case.clip_model, context, case.normal, deep)
-
-
-# ---------------------------------------------------------------------------- measuring
-
-STEPS = {"project": project_step, "conventional": conventional_step}
-TEXTS = {"project": project_text, "conventional": conventional_text}
-
-
-def step(case, side, text_only=False, update=True):
-    """One step; returns its loss. With text_only: the features' sum of squares, no update."""
-    torch.manual_seed(1_000_003 + 1)            # as `stage2.adapt` does in epoch 1 of seed 1
-    if not text_only:
-        if side == "conventional":
-            torch.randperm(len(case.labels))    # the order, which is drawn before the Gumbel noise
-        return STEPS[side](case, case.optimizer if update else case.still)
-    case.optimizer.zero_grad()
-    loss = TEXTS[side](case).to(case.clip_model.logit_scale.dtype).square().sum()
-    loss.backward()
-    return loss.detach()
-
-
-def loss_and_gradients(case, side, text_only=False):
-    """name -> tensor: the loss of a step that moves nothing, and the gradients that it leaves.
-
-    Counts the step's kernels on the way.
-    """
+def gradients(case, side):
+    """name -> tensor: a step's loss, and its gradients. Counts its kernels on the way."""
     with Kernels() as counter:
-        found = {"loss": step(case, side, text_only, update=False)}
-    case.kernels[side, text_only] = counter.count
-    for name, parameter in case.learner.named_parameters():
-        if parameter.grad is not None:
-            found[name] = parameter.grad.clone()
-    return found
+        found = {"loss": SIDES[side](case)}
+    case.kernels[side] = counter.count
+    return found | {name: parameter.grad.clone()
+                    for name, parameter in case.learner.named_parameters()}
 
 
-def differences(case, text_only=False):
-    """||a - b|| / ||b||, project (a) and conventional (b): of the loss, the gradients' largest."""
-    ours, theirs = (loss_and_gradients(case, side, text_only) for side in STEPS)
-    assert ours.keys() == theirs.keys(), "the two steps reach different parameters"
-    each = {name: float((ours[name] - b).norm() / b.norm().clamp_min(1e-30))
+def differences(case):
+    """name -> ||a - b|| / ||b||, a the project's and b the conventional: loss and gradients."""
+    ours, theirs = (gradients(case, side) for side in SIDES)
+    return {name: float((ours[name] - b).norm() / b.norm().clamp_min(1e-30))
             for name, b in theirs.items()}
-    return each.pop("loss"), max(each.values())
 
 
 class Kernels(TorchDispatchMode):
     """Counts the operations that run something on the device: no views, and no empty memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        aliases = [argument.alias_info for argument in function._schema.arguments]
-        is_view = any(alias is not None and not alias.is_write for alias in aliases)
         is_empty = "empty" in function.__name__ or "_unsafe_view" in function.__name__
-        self.count += not is_view and not is_empty
+        self.count += not function.is_view and not is_empty
         return function(*args, **(kwargs or {}))
 
 
-def seconds(function, device, at_least=0):
-    """Seconds a call: the mean of one call, or of as many as `at_least` seconds take."""
+def now(device):
+    """Seconds, when all that the device has been told to do is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - start < at_least:
+    return time.perf_counter()
+
+
+def medians(functions, device, repeats, at_least=0.5, patience=60):
+    """Median seconds of a call of each. They take turns: a slow minute of the machine hits all."""
+    times, begun = [], time.perf_counter()
+    while not times or len(times) < repeats and time.perf_counter() - begun < patience:
+        times.append([])
+        for function in functions:
+            start, calls = now(device), 0
+            while calls == 0 or time.perf_counter() - start < at_least:
+                function()
+                calls += 1
+            times[-1].append((now(device) - start) / calls)
+    return torch.tensor(times).median(0).values.tolist()
+
+
+def peak_gb(function, device):
+    """The peak memory while it runs, in GB: on the device, or of this process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         function()
-        calls += 1
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / calls
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if not os.path.exists("/proc/self/clear_refs"):                 # Linux alone tells
+        return 0.0
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")           # sets VmHWM back
+    function()
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
-def medians(functions, device, repeats, patience=60):
-    """Median seconds of each function.
+class Report:
+    """Prints, and keeps it all in a folder, if any: bench.txt, and the figures in bench.json."""
 
-    They take turns of two seconds or a call, so that a machine that slows down slows all.
-    """
-    times, start = [], time.perf_counter()
-    at_least = 2 if repeats > 1 else 0
-    while not times or len(times) < repeats and time.perf_counter() - start < patience:
-        times.append([seconds(function, device, at_least) for function in functions])
-    return [statistics.median(column) for column in zip(*times)]
+    def __init__(self, folder):
+        self.folder, self.text, self.figures = folder, "", {}
 
+    def say(self, text):
+        print(text, flush=True)
+        self.text += text + "\n"
+        if self.folder:
+            data.save_json(self.folder / "bench.json", self.figures)
+            (self.folder / "bench.txt").write_text(self.text, encoding="utf-8")
 
-# ---------------------------------------------------------------------------- memory
-
-def peak_gb():
-    """The peak resident size of this process."""
-    try:
-        return proc_value("/proc/self/status", "VmHWM")     # not ru_maxrss: a child inherits that
-    except OSError:
-        import resource
-        unit_of_rss = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_of_rss / 1e9
-
-
-def available_gb(device):
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 1e9
-    try:
-        return proc_value("/proc/meminfo", "MemAvailable")
-    except OSError:
-        return float("inf")
+    def row(self, table, **cells):
+        """A line of a table; the first brings the head along."""
+        rows = self.figures.setdefault(table, [])
+        rows.append(cells)
+        if len(rows) == 1:
+            head = " | ".join(cells).replace("_", " ")
+            self.say(f"\n{table}\n\n| {head} |\n|:--{'|--:' * (len(cells) - 1)}|")
+        texts = [f"{each:.4g}" if isinstance(each, float) else str(each) for each in cells.values()]
+        self.say(f"| {' | '.join(texts)} |")
 
 
-def proc_value(path, key):
-    """A line such as `VmHWM:  123 kB`, in GB. Raises OSError where there is no such file."""
-    with open(path) as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024 / 1e9
-
-
-def measure_alone(args, side, row, n_classes):
-    """What a fresh process does to learn its peak memory: the epoch's images if any, a step."""
-    clip_model = args.random_clip()
-    if args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(args.device)
-    if side == "project":
-        encode_images(clip_model, args.encode_batch)()
-    case = make_case(row, clip_model, n_classes, class_chunk=args.class_chunk)
-    took = seconds(lambda: step(case, side), args.device)
-    peak = peak_gb()
-    if args.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(args.device) / 1e9
-    print(json.dumps({"gb": peak, "seconds": took}))
-
-
-@functools.cache
-def alone(side, row, n_classes, options, exact=False):
-    """`measure_alone` in a process of its own: {"gb": peak memory, "seconds": of its step}.
-
-    exact: to extrapolate from. glibc keeps what small tensors leave free, up to half as much again;
-    the large ones that are extrapolated to leave nothing.
-    """
-    command = [sys.executable, "-W", "ignore", __file__, *options,
-               "--alone", side, row, str(n_classes)]
-    environment = dict(os.environ)
-    if exact:
-        environment["MALLOC_MMAP_THRESHOLD_"] = "1000000"
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def too_much(args, row, n_classes):
-    """None, or "n/a (needs X GB)" where the conventional step of this cell would not fit.
-
-    What it would take lies on a line through two smaller ones.
-    """
-    few, many = (20, 50) if row == "cocoop" else (80, 200)      # CoCoOp: a prompt a class and image
-    small, large = (alone("conventional", row, n, args.options, exact=True) for n in (few, many))
-    further = (n_classes - many) / (many - few)
-    gb, took = (large[key] + (large[key] - small[key]) * further for key in ("gb", "seconds"))
-    if gb < 0.9 * available_gb(args.device) and took < args.patience:
-        return None
-    return (f"n/a (needs {gb:.1f} GB and {took:.0f} s, "
-            f"extrapolated from {few} and {many} classes)")
-
-
-# ---------------------------------------------------------------------------- images
-
-def encode_images(clip_model, n):
-    """A function that encodes n images at once, as an epoch of Stage II and a test set does."""
-    resolution = clip_model.visual.input_resolution
-    images = torch.randn(n, 3, resolution, resolution, device=clip_model.logit_scale.device)
-
-    def encode():
-        with torch.no_grad():
-            return encode_image(clip_model, images).float()
-    return encode
-
-
-def reading_seconds(clip_model, device):
-    """Seconds an image to read an epoch's features from `data.KeptFeatures`."""
-    with tempfile.TemporaryDirectory() as folder:
-        items = [data.Item(__file__, 0)] * IMAGES               # any file that is there
-        images = data.Images(items, data.train_transform(224), seed=1)
-        kept = data.KeptFeatures(folder, "bench", images)
-        kept.write(1, torch.randn(IMAGES, clip_model.text_projection.shape[1]).to(clip_model.dtype))
-        read = functools.partial(kept.read, 1)
-        assert read() is not None
-        times = [seconds(lambda: read().to(device), device) for _ in range(20)]
-    return statistics.median(times) / IMAGES
-
-
-# ---------------------------------------------------------------------------- tables
-
-COLUMNS = ["step", "classes", "batch", "longest suffix", "project, s", "conventional, s", "ratio",
-           "project, kernels", "conventional, kernels", "project, GB", "conventional, GB",
-           "loss differs by", "gradients differ by"]
-
-
-def line(cells):
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def table_rows(args, clip_model, row, n_classes):
-    """The lines of one cell: for CoOp the text side alone, the whole step, the features kept."""
-    case = make_case(row, clip_model, n_classes, class_chunk=args.class_chunk)
-    reason = None
-    if n_classes > (50 if row == "cocoop" else 200):
-        reason = too_much(args, row, n_classes)
-    if row == "coop":
-        yield line(measured(args, case, reason, text_only=True)[0])
-    cells, took = measured(args, case, reason)
-    yield line(cells)
-    if row != "maple":                          # which prompts the image tower: nothing to keep
-        yield line(with_features_kept(args, case, took))
-
-
-def measured(args, case, reason, text_only=False):
-    """One line's cells, and the seconds [project, conventional] without the images' share.
-
-    reason: None, or why the conventional step is not run.
-    """
-    row, n_classes, batch = case.row, len(case.names), len(case.labels)
-    ours = functools.partial(step, case, "project", text_only)
-    theirs = functools.partial(step, case, "conventional", text_only)
-    if reason:
-        loss_and_gradients(case, "project", text_only)                      # warms up
-        differ = ["-", "-"]
-        took = [*medians([ours], args.device, args.repeats), None]
+def measure_cell(args, row, n_classes):
+    # The conventional step takes at most five times what it takes for a fifth of the classes.
+    few = partial(conventional_steps, make_case(row, args.clip_model, n_classes // 5 + 1))
+    gb = 5 * peak_gb(few, args.device)                              # warms up
+    seconds = 5 * medians([few], args.device, 1, at_least=0)[0]
+    case, differ, reason = make_case(row, args.clip_model, n_classes), {}, None
+    if 16 * seconds > args.left() or gb > 0.8 * args.memory:        # 4 steps, a quarter of the time
+        reason = f"left out: up to {seconds:.0f} s, {gb:.0f} GB"
+        gradients(case, "project")
     else:
-        differ = [f"{value:.1e}" for value in differences(case, text_only)]     # warms both up, too
-        took = medians([ours, theirs], args.device, args.repeats)
+        differ = differences(case)                                  # both are warm now
 
-    counts = [case.kernels.get((side, text_only), "-") for side in STEPS]
-    share = 0
-    if not text_only and (row != "maple" or case.distil):
-        share = batch * args.image_seconds
-    name, memory = f"{ROWS[row]} + AnchorOPT", ["-", "-"]
-    if text_only:
-        name = f"{ROWS[row]}, text side"
-    elif not args.no_memory:
-        memory = [f"{alone('project', row, n_classes, args.options)['gb']:.2f}", "n/a"]
-        if not reason:
-            memory[1] = f"{alone('conventional', row, n_classes, args.options)['gb']:.2f}"
-    if not text_only:
-        args.step_seconds[row, n_classes] = took[0] + share
-    timing = times(took[0], share, "images", took[1], reason)
-    return [name, *sizes(case), *timing, *counts, *memory, *differ], took
+    calls = [partial(SIDES[side], case) for side in case.kernels]
+    memory = [peak_gb(lambda: (args.encode(), calls[0]()), args.device),        # images, too
+              *(peak_gb(call, args.device) for call in calls[1:]), "-"]
+    took = medians([partial(call, args.steps) for call in calls], args.device, args.repeats)
+    ours, theirs = [*(seconds / args.steps for seconds in took), reason][:2]
+    kernels = [*case.kernels.values(), "-"]
+    share = len(case.labels) * args.image_seconds
+    args.report.row(
+        "a. a step", learner=row, classes=n_classes, batch=len(case.labels), project_s=ours,
+        share_s=share, conventional_s=theirs, ratio="-" if reason else theirs / (ours + share),
+        project_kernels=kernels[0], conventional_kernels=kernels[1], project_GB=memory[0],
+        conventional_GB=memory[1], loss_differs_by=differ.pop("loss", "-"),
+        gradients_differ_by=max(differ.values(), default="-"))
 
 
-def with_features_kept(args, case, took):
-    """The cells of a second method: its step without the image tower, but with reading f."""
-    share = len(case.labels) * args.reading_seconds
-    timing = times(took[0], share, "reading", took[1], "n/a")
-    name = f"{ROWS[case.row]}, second method, features kept"
-    return [name, *sizes(case), *timing, *["-"] * 6]
+def images(args):
+    rate = args.report.figures["b. images a second"] = 1 / args.image_seconds
+    args.report.say(f"\nb. {rate:.1f} images a second, {args.images} at a time")
 
 
-def sizes(case):
-    return [len(case.names), len(case.labels), case.learner.suffix.shape[1]]
+def runs(args):
+    # The paper's 100 epochs, of 25 steps in Stage I and 100 in II, or what there is time for.
+    step = partial(project_steps, make_case("coop", args.clip_model, args.run_classes))
+    seconds = 125 * medians([step], args.device, 3)[0] + 800 * args.image_seconds
+    epochs = min(args.epochs, int((args.left() - 30) / 2 / seconds))
+    if epochs < 2:
+        args.report.say(f"\nc. a run: left out, an epoch would take {seconds:.0f} s")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = caltech101(folder, 2 * args.run_classes, args.test_images)
+        first, second = (whole_run(args, dataset, output, epochs) for output in ("1", "2"))
+    for stage in first:
+        args.report.row("c. a run of CoOp", stage=stage, epochs=epochs, first_s=first[stage],
+                        features_kept_s=second[stage])
 
 
-def times(own, share, what, conventional, reason):
-    """Three cells: the project's seconds with the images' share, the conventional's, the ratio."""
-    ours = f"{own + share:.3f}"
-    if share:
-        ours += f" ({what} {share:.3f})" if share >= 5e-4 else f" ({what} {1e6 * share:.0f} us)"
-    if conventional is None:
-        return [ours, reason, "n/a"]
-    return [ours, f"{conventional:.3f}", f"{conventional / (own + share):.1f}x"]
+def caltech101(folder, n_classes, n_test):
+    """A dataset of 300 x 200 JPEGs: 16 a class to learn on, n_test to test. All look the same."""
+    picture = Image.effect_noise((100, 67), 60).resize((300, 200)).convert("RGB")
+    items, n = [], 16 * n_classes
+    for i in range(n + n_test):
+        picture.save(f"{folder}/{i}.jpg", quality=90)
+        items.append(data.Item(f"{folder}/{i}.jpg", i % n_classes))
+    names = class_names(n_classes, "caltech101")
+    return data.Dataset(names, items[:n], [], items[n:], name="caltech101", folder=folder)
 
 
-def other_lines(args, clip_model):
-    """Stage I, an epoch of Stage II, evaluation: Caltech101's size, 50 base classes."""
-    n_classes = 50 if 50 in args.classes else args.classes[0]
-    yield stage1_line(args, clip_model, n_classes)
+def whole_run(args, dataset, output, epochs):
+    """stage -> seconds, of `stage2.run_seed`: Stage I, Stage II and evaluation."""
+    took = {"Stage I": 0, "Stage II": 0, "evaluation": 0, "all of it": 0}
 
-    picture = Image.effect_noise((300, 200), 60).convert("RGB")
-    transform = data.train_transform(clip_model.visual.input_resolution)
-    crop = functools.partial(transform, picture)
-    loading = statistics.median(seconds(crop, args.device) for _ in range(20))
-    for row in args.rows:
-        steps = IMAGES // BATCH[row]
-        took = steps * args.step_seconds[row, n_classes] + IMAGES * loading
-        yield line([f"Stage II, {ROWS[row]}: an epoch of {IMAGES} images, batch {BATCH[row]}",
-                    f"{took:.1f} s, scaled: {steps} steps and {IMAGES * loading:.1f} s to crop and "
-                    "flip in one process"])
-    for row in args.rows:
-        yield evaluation_line(args, clip_model, row, n_classes)
+    def timed(stage, module, name):
+        function = getattr(module, name)
 
-
-def stage1_line(args, clip_model, n_classes):
-    prompt = AnchorPrompt(clip_model, class_names(n_classes))
-    targets, optimizer = prompt().detach(), stage1.sgd([prompt.tokens], 0.002)
-
-    def stage1_step():
-        optimizer.zero_grad()
-        stage1.scaled_backward(losses.anchor_mse(prompt(), targets), prompt.tokens)
-        optimizer.step()
-    stage1_step()
-    took, = medians([stage1_step], args.device, max(3, args.repeats))
-    return line([f"Stage I, a step on {n_classes} classes", f"{took:.3f} s"])
+        def call(*given, **named):
+            start = now(args.device)
+            result = function(*given, **named)
+            took[stage] += now(args.device) - start
+            return result
+        return mock.patch.object(module, name, call)
+    options = stage2.parse(
+        f"--device {args.device} --epochs {epochs} --anchor-epochs {epochs} --no-plot".split()
+        + ["--output", f"{dataset.folder}/{output}", "--feature-cache", f"{dataset.folder}/kept"])
+    settings, changed = stage1.resolve(options, dataset.name, "coop", "anchoropt")
+    run = stage1.Run(settings, changed, 1, options)
+    task = data.few_shot_task(dataset)
+    descriptions = stage1.read_descriptions(task.base_names, options, settings)
+    with (timed("Stage I", stage1, "get_anchor"), timed("Stage II", stage2, "learn_prompt"),
+          timed("evaluation", evaluation, "evaluate_items"), timed("all of it", stage2, "run_seed"),
+          contextlib.redirect_stdout(io.StringIO())):
+        stage2.run_seed(run, dataset, task, descriptions, lambda: args.clip_model)
+    evaluation.frozen_features.cache_clear()                # else the second has the first's
+    return took
 
 
-def evaluation_line(args, clip_model, row, n_classes):
-    n, case = args.encode_batch, make_case(row, clip_model, n_classes)
-    f = encode_images(clip_model, n)()
-    labels = torch.randint(n_classes, (n,), device=args.device)
-    resolution = clip_model.visual.input_resolution
-    images = torch.randn(n, 3, resolution, resolution, device=args.device)
-    parts = [None] * n
-    if row == "maple":
-        parts = images.split(100)
-    batches = list(zip(f.split(100), parts, labels.split(100)))
-    evaluate = functools.partial(evaluation.evaluate, case.learner, batches, case.f_anc)
-    took = seconds(evaluate, args.device)
-    return line([f"Evaluation, {ROWS[row]}, {n_classes} classes, {n} images in memory",
-                 f"{n / (took + n * args.image_seconds):.1f} images/s ({n / took:.1f} once CLIP's "
-                 "image features are there)"])
+def precision(args):
+    losses_of, dtypes = {}, (torch.float16, torch.float32)
+    models = [random_clip(args.size, args.device, dtype) for dtype in dtypes]
+    for row in ROWS:
+        for model in models:
+            case = make_case(row, model, args.classes[0])
+            case.optimizer.param_groups[0]["lr"] = case.settings["lr"]      # else nothing moves
+            losses_of[f"{row} {str(model.dtype)[6:]}"] = project_steps(case, args.losses).tolist()
+    for i in range(args.losses):
+        of_step = {name: each[i] for name, each in losses_of.items()}
+        args.report.row("d. losses", step=i + 1, **of_step)
 
 
-# ---------------------------------------------------------------------------- command line
+def waits(args, row, n_classes):
+    """Where a step makes the host wait for the GPU, CUDA raises an error."""
+    case = make_case(row, args.clip_model, n_classes)
+    project_steps(case, 3)                                          # warms up
+    try:
+        project_steps(case, 3, watched=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    args.report.say(f"\ne. {row}, {n_classes} classes: no step waits")
+
+
+def profile(args, row):
+    case = make_case(row, args.clip_model, args.classes[0])
+    project_steps(case, args.steps)                                 # warms up
+    with torch.profiler.profile() as found:
+        project_steps(case, args.steps)
+    order = "self_cuda_time_total" if args.on_gpu else "self_cpu_time_total"
+    table = found.key_averages().table(order, row_limit=20, max_name_column_width=60)
+    args.report.say(f"\ne. {row}, {args.classes[0]} classes, {args.steps} steps\n\n{table}")
+
+
+def jobs(args):
+    """In their order: a title, a function, and what it is called with."""
+    cells = [(row, n_classes) for n_classes in args.classes for row in ROWS]
+    yield from ((f"a. a step, {row}, {n}", measure_cell, row, n) for row, n in cells)
+    yield "b. images", images
+    if not args.on_gpu and not args.quick:
+        args.report.say("\nc, d, e: left out, for a GPU")
+        return
+    yield "c. a run", runs
+    yield "d. precision", precision
+    if args.on_gpu:
+        yield from ((f"e. waiting, {row}, {n}", waits, row, n) for row, n in cells)
+    yield from ((f"e. profile, {row}", profile, row) for row in ("coop", "cocoop"))
+
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
-                        help="of CLIP (default: float16 on CUDA, else float32)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS),
-                        help="baselines (default: all)")
-    parser.add_argument("--classes", nargs="+", type=int,
-                        help="class counts (default: 50 500 1000; --quick: 20)")
-    parser.add_argument("--repeats", type=int, help="timings of each step (default: 5; --quick: 1)")
-    parser.add_argument("--patience", type=float, default=180,
-                        help="skip a conventional step of more seconds than this (default: 180)")
-    parser.add_argument("--class-chunk", type=int, default=0,
-                        help="the project's switch of that name (default: 0)")
-    parser.add_argument("--quick", action="store_true",
-                        help="20 classes, one timing, images encoded 8 at a time, no memory")
-    parser.add_argument("--no-memory", action="store_true",
-                        help="leave the memory columns empty: no further processes")
-    parser.add_argument("--tiny", action="store_true",
-                        help="a CLIP of three small blocks, to try the benchmark itself")
-    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--device", default="cpu", type=torch.device, help="cpu or cuda")
+    add("--output", type=pathlib.Path, help="folder to write bench.txt and bench.json to")
+    add("--classes", nargs="+", type=int, help="class counts (default: 50 500)")
+    add("--minutes", type=float, default=10, help="then the rest is left out (default: 10)")
+    add("--quick", action="store_true", help="a tiny CLIP, and little of all")
     args = parser.parse_args(argv)
-    args.classes = args.classes or ([20] if args.quick else [50, 500, 1000])
-    args.repeats = args.repeats or (1 if args.quick else 5)
-    args.no_memory = args.no_memory or (args.quick and not args.tiny)
-    args.device = torch.device(args.device)
-    on_gpu = args.device.type == "cuda"
-    args.dtype = args.dtype or ("float16" if on_gpu else "float32")
-    args.encode_batch = 8 if args.quick else 32
-    if on_gpu:
-        args.encode_batch = data.ENCODE_BATCH
-    size = "tiny" if args.tiny else "ViT-B/16"
-    args.random_clip = functools.partial(random_clip, size, args.device, getattr(torch, args.dtype))
-    switches = [f"--{name}" for name in ("quick", "tiny") if getattr(args, name)]
-    args.options = ("--device", str(args.device), "--dtype", args.dtype,
-                    "--class-chunk", str(args.class_chunk), *switches)
-    args.step_seconds = {}
+    args.on_gpu = args.device.type == "cuda"
+    if args.on_gpu and not torch.cuda.is_available():
+        parser.error("there is no CUDA here")
+    args.dtype = torch.float16 if args.on_gpu else torch.float32
+    args.size, args.repeats, args.losses = "ViT-B/16", 5, 100
+    args.run_classes, args.test_images, args.epochs = 50, 2465, 100
+    if args.quick:
+        args.size, args.repeats, args.losses = "tiny", 1, 5
+        args.run_classes, args.test_images, args.epochs = 3, 12, 2
+        torch.set_num_threads(1)            # so small that a second one costs more than it brings
+    args.classes = args.classes or ([5] if args.quick else [50, 500])
+    args.steps = 10 if args.on_gpu else 1                           # in a call that is timed
+    args.images = data.ENCODE_BATCH if args.on_gpu else 16          # in the image tower at a time
+    args.memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if args.on_gpu:
+        args.memory = torch.cuda.mem_get_info(args.device)[1] / 1e9
+    args.report, args.failed = Report(args.output), False
+    end = time.perf_counter() + 60 * args.minutes
+    args.left = lambda: end - time.perf_counter()
     return args
-
-
-def headline(args, command):
-    """What was measured where, before the table."""
-    names = class_names(3)
-    if args.device.type == "cuda":
-        device, where = torch.cuda.get_device_name(args.device), "allocated on the device"
-    else:
-        device = (f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores, "
-                  f"load {os.getloadavg()[0]:.1f} at the start")
-        where = (f"resident, with Python, torch and CLIP's weights ({peak_gb():.1f} GB in this "
-                 "process so far)")
-    size = "a tiny CLIP" if args.tiny else "ViT-B/16"
-    return f"""\
-{datetime.date.today()}: {device}, torch {torch.__version__}, {args.dtype}, {size} with random \
-weights. Command: python tests/bench.py {' '.join(command)}
-
-Seconds per step: medians of up to {args.repeats} timings. "images": the step's share of encoding \
-{args.encode_batch} images at once ({1000 * args.image_seconds:.1f} ms an image); "reading": of \
-reading an epoch's features. Kernels: operations of a step, views left out. Peak memory: {where}. \
-Names: {', '.join(names)}, ... CoCoOp's batch is 4 here (the paper's: 1); DePT's setting has no \
-distillation.
-"""
 
 
 def main(argv=None):
     args = parse(argv)
-    if args.alone:
-        side, row, n_classes = args.alone
-        return measure_alone(args, side, row, int(n_classes))
-    clip_model = args.random_clip()
-    encode = encode_images(clip_model, args.encode_batch)
-    encode_seconds, = medians([encode], args.device, args.repeats, patience=20)
-    args.image_seconds = encode_seconds / args.encode_batch
-    args.reading_seconds = reading_seconds(clip_model, args.device)
-    print(headline(args, sys.argv[1:] if argv is None else argv))
-    print(line(COLUMNS))
-    print("|:--" + "|--:" * (len(COLUMNS) - 1) + "|", flush=True)
-    for row in tqdm(args.rows, disable=None, leave=False):
-        for n_classes in args.classes:
-            for text in table_rows(args, clip_model, row, n_classes):
-                print(text, flush=True)
-            gc.collect()
-    print("\n| whole stages | |\n|:--|--:|")
-    for text in other_lines(args, clip_model):
-        print(text, flush=True)
+    name = torch.cuda.get_device_name(args.device) if args.on_gpu else "CPU"
+    args.report.row("machine", name=name, cores=os.cpu_count(), load=os.getloadavg()[0],
+                    torch=torch.__version__, precision=str(args.dtype), CLIP=args.size)
+    args.clip_model = random_clip(args.size, args.device, args.dtype)
+    encode, _ = stage1.frozen_tower(args.clip_model, {}, None, None)
+    size = preprocess_of(args.clip_model)["size"]
+    crops = torch.randint(256, (args.images, 3, *size), dtype=torch.uint8)
+    args.encode = torch.no_grad()(partial(encode, crops))
+    args.encode()                                                   # warms up
+    args.image_seconds = medians([args.encode], args.device, args.repeats)[0] / args.images
+    for title, function, *given in jobs(args):
+        if args.left() <= 0:
+            args.report.say(f"{title}: left out, the {args.minutes:g} minutes are over")
+            continue
+        try:
+            function(args, *given)
+        except Exception:                       # such as too little memory: the rest goes on
+            args.failed = True
+            args.report.say(f"{title}: FAILED\n{traceback.format_exc()}")
+    args.report.say(f"\n{args.minutes - args.left() / 60:.1f} minutes on {name}")
+    return int(args.failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -460,7 +460,8 @@ def train(steps, text_steps, n_pairs, batch, seed):
     """
     start = time.time()
     pictures, captions, *labels = draw_pairs(n_pairs, seed)
-    x = data.normalize(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    x = data.normalize(torch.from_numpy(pictures).permute(0, 3, 1, 2),
+                       prompts.OPENAI_PREPROCESS)
     shown, said, told, careless = (torch.from_numpy(label) for label in labels)
     known = vocabulary()
     tokens = torch.searchsorted(known, clip.tokenize(captions).long())          # (n, 77), below V
@@ -513,9 +514,10 @@ def save(model, known, path):
 @torch.no_grad()
 def image_features(clip_model, items):
     """Unit features (n, d) of images, and their labels (n,)."""
-    transform = data.test_transform(clip_model.visual.input_resolution)
+    preprocess = prompts.preprocess_of(clip_model)
+    transform = data.test_transform(preprocess)
     crops = torch.stack([transform(data.load_image(item.source)) for item in items])
-    features = unit(prompts.encode_image(clip_model, data.normalize(crops)))
+    features = unit(prompts.encode_image(clip_model, data.normalize(crops, preprocess)))
     return features, torch.tensor([item.label for item in items])
 
 

@@ -18,11 +18,11 @@ of ours, `emulated` is their rule in the place of ours, `mended` is a slip of th
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import importlib
 import io
-import json
 import os
 import pathlib
 import random
@@ -46,7 +46,7 @@ import losses
 import stage1
 import stage2
 from anchor import AnchorPrompt, anchor_features, load_anchor
-from prompts import SOS, TOKENIZER, build_learner, clip, embed, encode_image
+from prompts import SOS, TOKENIZER, build_learner, clip, embed, encode_image, preprocess_of
 
 TOLERANCE = 1e-4
 BASE, NOVEL = ["ant", "yin yang", "a name of many words"], ["sea horse", "okapi"]
@@ -72,10 +72,10 @@ class Scheduler(torch.optim.lr_scheduler._LRScheduler):
 
 
 class Evaluator:
-    """Stands for Dassl's: keeps the logits."""
+    """Stands for Dassl's: keeps the logits, and leaves their `test` when they are complete."""
 
     def __init__(self, *args, **kwargs):
-        self.logits = []
+        pass
 
     def reset(self):
         self.logits = []
@@ -84,14 +84,15 @@ class Evaluator:
         self.logits.append(logits)
 
     def evaluate(self):
-        return {"accuracy": 0}
+        raise Complete
 
 
-class Datum(NamedTuple):
-    """Stands for Dassl's, which looks whether the file is there."""
-    impath: str
-    label: int
-    classname: str
+class Complete(Exception):
+    """All logits of a test are there. What follows in theirs prints, and ends the process."""
+
+
+# Stands for Dassl's, which looks whether the file is there.
+Datum = collections.namedtuple("Datum", "impath label classname")
 
 
 def module(name, path=None, **content):
@@ -150,30 +151,15 @@ def import_theirs(checkout):
     return theirs
 
 
-class Exit(Exception):
-    """Raised for the `os._exit(0)` at the end of their tests."""
-
-
-def same(x, *args, **kwargs):
-    return x
-
-
-def no_jit(*args, **kwargs):
-    raise RuntimeError("no TorchScript here")
-
-
-def leave(code):
-    raise Exit
-
-
 @contextlib.contextmanager
 def their_world(state=None):
     """In here float16 and CUDA do nothing, CLIP's file holds `state`, prints go nowhere."""
-    def load(*args, **kwargs):
-        return dict(state)
+    def same(x, *args, **kwargs):
+        return x
+    no_script = mock.Mock(side_effect=RuntimeError("no TorchScript here"))
     patches = [(torch.Tensor, "half", same), (torch.Tensor, "cuda", same),
                (torch.nn.Module, "half", same), (torch.nn.Module, "cuda", same),
-               (torch.jit, "load", no_jit), (torch, "load", load), (os, "_exit", leave)]
+               (torch.jit, "load", no_script), (torch, "load", lambda *_, **__: dict(state))]
     with contextlib.ExitStack() as stack:
         for target, name, value in patches:
             stack.enter_context(mock.patch.object(target, name, value))
@@ -222,11 +208,9 @@ def build_theirs(theirs, world, name, settings, names, side, anchor_tokens=None)
     """Their trainer, as `train.py` builds it. side: "base" or "new"."""
     def load_checkpoint(path):
         return {"state_dict": {"anchor_ctx_1": anchor_tokens}}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(their_world(world.state))
-        for user in ("coop", "cocoop", "maple"):
-            stack.enter_context(mock.patch.object(theirs.modules[f"{user}_anchoropt"],
-                                                  "load_checkpoint", load_checkpoint))
+    for user in ("coop", "cocoop", "maple"):
+        theirs.modules[f"{user}_anchoropt"].load_checkpoint = load_checkpoint
+    with their_world(world.state):
         return theirs.trainers[name](their_config(theirs, settings, names, side))
 
 
@@ -272,12 +256,14 @@ def make_world():
         for parameter in tower.parameters():            # rougher than at the start: all terms count
             parameter.data += 0.02 * torch.randn_like(parameter)
     clip_model = clip_model.eval().requires_grad_(False)
-    epochs = {}
-    for epoch in range(EPOCHS + 1):                     # epoch 0: the test images
+    preprocess = preprocess_of(clip_model)
+    epochs = []                                         # the first: the test images
+    for _ in range(EPOCHS + 1):
         crops = torch.randint(256, (IMAGES, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8)
-        epochs[epoch] = encode_image(clip_model, data.normalize(crops)), crops
+        epochs.append((encode_image(clip_model, data.normalize(crops, preprocess)), crops))
     return types.SimpleNamespace(clip_model=clip_model, state=clip_model.state_dict(),
-                                 epochs=epochs, labels=torch.arange(IMAGES) % len(BASE))
+                                 preprocess=preprocess, epochs=epochs,
+                                 labels=torch.arange(IMAGES) % len(BASE))
 
 
 # ---------------------------------------------------------------------------- the twelve cells
@@ -413,25 +399,21 @@ def released_deepen(learner, W, V_l, hidden):
     All rows with the anchor get one state: that of the first such row, read a position early.
     """
     layer = 1 + next(i for i, own in enumerate(learner.deep_tokens) if own is V_l)
-    rows = (W[:, -1] == 1).nonzero()
-    V_l = V_l.expand(*hidden.shape[:-2], -1, -1)
+    rows = W[:, -1].nonzero()
     if len(rows) == 0:
-        return W[:, :-1] @ V_l
+        return W[:, :-1] @ V_l[None]
     row = int(rows[0])
-    if row > 0:
-        state = hidden[..., row - 1:row, :]
-    else:
-        state = sos_state(learner.clip_model, layer).expand(*hidden.shape[:-2], -1, -1)
-    return W @ torch.cat([V_l, state], dim=-2)
+    state = hidden[:, row - 1:row] if row > 0 else sos_state(learner.clip_model, layer)
+    return W @ torch.cat([V_l[None], state], dim=1)
 
 
 def sos_state(clip_model, layer):
-    """The state of [SOS] before a block: (1, d_t). It sees nothing but itself."""
+    """The state of [SOS] before a block: (1, 1, d_t). It sees nothing but itself."""
     x = torch.zeros(LENGTH, 1, D_T)
     x[0] = embed(clip_model, [SOS]) + clip_model.positional_embedding[:1]
     for block in clip_model.transformer.resblocks[:layer]:
         x = block(x)
-    return x[0]
+    return x[:1]
 
 
 def pair(learner, trainer):
@@ -468,9 +450,9 @@ def which_are_learnt(cell, learner, trainer):
 class Watched(stage1.Epochs):
     """`Epochs` that keeps each loss, and the gradients of the first step."""
 
-    def watch(self, named_parameters):
+    def __init__(self, optimizer, named_parameters):
+        super().__init__("parity", EPOCHS, IMAGES // BATCH, {"optimizer": optimizer})
         self.watched, self.losses, self.gradients = named_parameters, [], {}
-        return self
 
     def note(self, **terms):
         super().note(**terms)
@@ -483,11 +465,10 @@ def gradients_of(named_parameters):
 
 
 def train_ours(world, learner, learnt, settings, f_anc):
-    optimizer = stage1.sgd(learnt, settings["lr"])
-    epochs = Watched("parity", EPOCHS, IMAGES // BATCH, [optimizer])
-    epochs.watch(dict(learner.named_parameters()))
-    features = [world.epochs[epoch] for epoch in range(1, EPOCHS + 1)]
-    stage2.adapt(learner, epochs, features, world.labels, settings, SEED, f_anc)
+    epochs = Watched(stage1.sgd(learnt, settings["lr"]), dict(learner.named_parameters()))
+    features = iter(world.epochs[1:])
+    run = stage1.Run(settings, {}, SEED, None)
+    stage2.adapt(learner, run, epochs, features, world.labels, f_anc)
     return epochs
 
 
@@ -503,7 +484,7 @@ def train_theirs(world, trainer, named_parameters):
         return summary
     trainer.forward_backward = watched
     for trainer.epoch in range(EPOCHS):
-        x = data.normalize(world.epochs[trainer.epoch + 1][1])
+        x = data.normalize(world.epochs[trainer.epoch + 1][1], world.preprocess)
         torch.manual_seed(1_000_003 * SEED + trainer.epoch + 1)
         order = torch.randperm(IMAGES)[:IMAGES // BATCH * BATCH]
         trainer.train_loader_x = [{"img": x[batch], "label": world.labels[batch]}
@@ -516,7 +497,7 @@ def train_theirs(world, trainer, named_parameters):
 def logits(world, learner, trainer, f_anc, known):
     """Of our inference rule, and of their `test`: the test images in batches of 3."""
     f, crops = world.epochs[0]
-    x = data.normalize(crops)
+    x = data.normalize(crops, world.preprocess)
     torch.manual_seed(3)
     learner.eval()
     with torch.no_grad():
@@ -524,7 +505,7 @@ def logits(world, learner, trainer, f_anc, known):
                 for f_part, x_part in zip(f.split(3), x.split(3))]
     torch.manual_seed(3)
     trainer.test_loader = [{"img": part, "label": torch.zeros(len(part))} for part in x.split(3)]
-    with their_world(), contextlib.suppress(Exit):
+    with their_world(), contextlib.suppress(Complete):
         trainer.test()
     return torch.cat(ours), torch.cat(trainer.evaluator.logits)
 
@@ -539,29 +520,26 @@ def check_stage1(report, theirs, world):
     endings = ("is big", "is red and wide", "is seen in the sea")
     sentences = {name: [f"A {name} {ending}." for ending in endings] for name in BASE}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        os.mkdir("templates")
-        file = pathlib.Path("templates", "cal_prompts_full.json")
-        file.write_text(json.dumps(sentences))
+        data.save_json("templates/cal_prompts_full.json", sentences)
         trainer = build_theirs(theirs, world, "coop_pretrain_anchor", settings, BASE, "base")
 
     prompt = AnchorPrompt(world.clip_model, BASE)
-    pairs = {"anchor": (prompt.tokens, trainer.model.anchor_prompt_learner.anchor_ctx_1)}
-    start_alike(pairs)
+    theirs_tokens = trainer.model.anchor_prompt_learner.anchor_ctx_1
+    start_alike({"anchor": (prompt.tokens, theirs_tokens)})
     start = prompt.tokens.detach().clone()
-    f_des = stage1.description_features(world.clip_model, list(sentences.values()), BASE)
+    f_des = stage1.description_features(world.clip_model, list(sentences.values()))
     targets = torch.stack([f.mean(0) for f in f_des])
-    optimizer = stage1.sgd([prompt.tokens], settings["lr"])
-    ours = Watched("parity", EPOCHS, IMAGES // BATCH, [optimizer]).watch({"anchor": prompt.tokens})
+    ours = Watched(stage1.sgd([prompt.tokens], settings["lr"]), {"anchor": prompt.tokens})
     stage1.learn_anchor(prompt, targets, ours, settings["anchor_weight"])
-    other = train_theirs(world, trainer, {"anchor": pairs["anchor"][1]})
+    other = train_theirs(world, trainer, {"anchor": theirs_tokens})
     constant = settings["anchor_weight"] * losses.description_variance(f_des)
-    report(f"losses, {STEPS} steps", torch.tensor(ours.losses) + constant,
-           torch.tensor(other.losses))
+    found = torch.tensor(ours.losses) + constant
+    report(f"losses, {STEPS} steps", found, torch.tensor(other.losses))
     report("gradient, anchor", ours.gradients["anchor"], other.gradients["anchor"])
-    report("movement, anchor", prompt.tokens - start, pairs["anchor"][1] - start)
+    report("movement, anchor", prompt.tokens - start, theirs_tokens - start)
 
 
-def check_picks(report, theirs):
+def check_picks(report, theirs, world):
     """CoOp's few-shot picks, and the split into base and novel classes."""
     names, rng, parts = [f"class {label}" for label in range(9)], random.Random(0), []
     for n in (20, 6, 5):                                    # train, val, test; scarce classes, too
@@ -572,7 +550,7 @@ def check_picks(report, theirs):
     for seed in (1, 2, 3):
         task = data.few_shot_task(dataset, "base", 16, seed)
         _, val = data.few_shot(dataset.train, dataset.val, 16, seed)
-        their_parts = [[Datum(*item, names[item.label]) for item in part] for part in parts]
+        their_parts = [[Datum(*item[:2], names[item.label]) for item in part] for part in parts]
         with their_world():
             random.seed(seed)
             their_train = picker.generate_fewshot_dataset(their_parts[0], num_shots=16)
@@ -583,11 +561,11 @@ def check_picks(report, theirs):
                                   ("validation images", val, their_val),
                                   ("test images, base", task.test_base, base[1]),
                                   ("test images, novel", task.test_novel, novel[1])):
-            report("few-shot picks", f"seed {seed}, {what}", [tuple(item) for item in ours],
+            report("few-shot picks", f"seed {seed}, {what}", [item[:2] for item in ours],
                    [(item.impath, item.label) for item in other])
 
 
-def check_optimizer(report, theirs):
+def check_optimizer(report, theirs, world):
     """Learning rates of whole runs, and SGD's other values."""
     keys = ("momentum", "weight_decay", "dampening", "nesterov")
     for epochs in (5, 10, 20, 50, 100, 200):
@@ -601,15 +579,14 @@ def check_optimizer(report, theirs):
                 rates.append(optimizer.param_groups[0]["lr"])
                 optimizer.step()
                 scheduler.step()
-        ours = [stage1.learning_rate(epoch, epochs, settings["lr"])
-                for epoch in range(1, epochs + 1)]
+        ours = [stage1.learning_rate(i + 1, epochs, settings["lr"]) for i in range(epochs)]
         report("learning rate", f"{epochs} epochs", torch.tensor(ours), torch.tensor(rates))
     ours = stage1.sgd([parameter], 0.1).defaults
     report("optimizer", ", ".join(keys), [ours[key] for key in keys],
            [optimizer.defaults[key] for key in keys])
 
 
-def check_crops(report, theirs):
+def check_crops(report, theirs, world):
     """The pixels that CLIP gets."""
     pixels = np.random.default_rng(0).integers(0, 256, (60, 47, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels).resize((140, 97), Image.Resampling.BICUBIC)
@@ -619,12 +596,13 @@ def check_crops(report, theirs):
         with their_world():
             transform = theirs.transforms.build_transform(cfg, is_train=what == "training")
         torch.manual_seed(2)
-        ours = torch.stack([data.normalize(own(RESOLUTION)(picture)) for _ in range(5)])
+        ours = [own(world.preprocess)(picture) for _ in range(5)]
+        ours = data.normalize(torch.stack(ours), world.preprocess)
         torch.manual_seed(2)
         report("crops", what, ours, torch.stack([transform(picture) for _ in range(5)]))
 
 
-def check_anchors(report, theirs):
+def check_anchors(report, theirs, world):
     """The released anchors. Theirs are unpickled, as their trainers do it."""
     for path in theirs.anchors:
         load = functools.partial(torch.load, weights_only=False)
@@ -640,8 +618,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", help="a checkout of the authors' repository, ATPrompt")
     parser.add_argument("--cells", nargs="+", metavar="NAME", default=[""],
-                        help="only what begins so: coop-anchoropt, maple, ..., stage1, data "
-                             "(default: all)")
+                        help="only what begins so: coop-anchoropt, ..., stage1, data")
     args = parser.parse_args(argv)
     wanted, start = tuple(args.cells), time.perf_counter()
     torch.set_num_threads(1)            # so small that a second one costs more than it brings
@@ -654,7 +631,7 @@ def main(argv=None):
         check_stage1(report, theirs, world)
     if "data".startswith(wanted):
         for check in (check_picks, check_optimizer, check_crops, check_anchors):
-            check(report, theirs)
+            check(report, theirs, world)
     failed = report.summary()
     print(f"{time.perf_counter() - start:.0f} s")
     return 1 if failed else 0

@@ -12,6 +12,7 @@ import copy
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchor
 import data
@@ -43,6 +44,16 @@ def move(module, to):
         for name, value in list(vars(part).items()):
             if torch.is_tensor(value):
                 object.__setattr__(part, name, to(value))
+
+
+class IndicesAreThere(TorchDispatchMode):
+    """A GPU takes an index from the CPU, but the step waits until it is copied."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.index.Tensor:
+            on = {index.device for index in args[1] if index is not None}
+            assert on == {args[0].device}, f"an index on {on}"
+        return function(*args, **kwargs or {})
 
 
 def fake_constants(mode, function, device):
@@ -99,7 +110,8 @@ def steps_on(device, dtype, cell, break_it=None):
             patch.setattr(torch.Tensor, "backward", zero_gradients(learnt))
         if break_it is not None:
             break_it(patch)
-        terms = run_steps(device, clip_model, settings, learner, prompt)
+        with IndicesAreThere():
+            terms = run_steps(device, clip_model, settings, learner, prompt)
     return {"losses": {(str(term.device), term.dtype, term.shape) for term in terms},
             "learnt": {(str(parameter.device), parameter.dtype) for parameter in learnt},
             "without a gradient": [name for name, parameter in learner.named_parameters()
@@ -168,9 +180,15 @@ def choose_by_a_value(patch):
     patch.setattr(losses, "cross_entropy", lambda logits, labels: real(logits[labels >= 0], labels))
 
 
+def index_from_the_cpu(patch):
+    real, order = losses.cross_entropy, torch.zeros(BATCH, dtype=torch.long)
+    patch.setattr(losses, "cross_entropy", lambda logits, labels: real(logits[order], labels))
+
+
 @pytest.mark.parametrize("break_it, said", [
     (make_a_tensor_on_the_cpu, "at least two devices, cuda:0 and cpu"),
-    (read_the_loss, "DataDependentOutput"), (choose_by_a_value, "DynamicOutputShape")])
+    (read_the_loss, "DataDependentOutput"), (choose_by_a_value, "DynamicOutputShape"),
+    (index_from_the_cpu, "an index on")])
 def test_a_step_that_would_mix_devices_or_wait_is_caught(break_it, said):
     with pytest.raises(Exception) as error:
         steps_on("cuda:0", torch.float16, ("coop", "anchoropt", False), break_it)

@@ -1,96 +1,107 @@
-"""What the README says is there: every function beside a file, every command that it shows."""
+"""What README.md and assets/PAPER.md name is there: functions, files, options, commands."""
 
+import ast
+import contextlib
 import importlib
+import io
 import pathlib
 import re
 import shlex
 
 import pytest
 
+import data
 import eval as evaluation
 import stage1
 import stage2
 
 ROOT = pathlib.Path(stage2.__file__).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, PAPER = [(ROOT / name).read_text(encoding="utf-8")
+                 for name in ("README.md", "assets/PAPER.md")]
+PAGES = README + PAPER
+SCRIPTS = {"stage1": stage1, "stage2": stage2, "eval": evaluation, "data": data}
 
 
-def named_functions():
-    """(function, file) of every table row whose last cell names files."""
-    pairs = []
-    for line in README.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        files = re.findall(r"`(\w+)\.py`", cells[-1])
-        if len(cells) == 3 and files:
-            pairs += [(name, files) for name in re.findall(r"`(\w+)`", cells[1])]
-    return pairs
+def rows(page):
+    """(what of the paper, functions, modules) of every table row whose last cell names modules."""
+    for line in page.splitlines():
+        paper, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        modules = re.findall(r"`(\w+)\.py`", cells[-1]) if len(cells) == 2 else []
+        if modules:
+            functions = re.findall(r"`(\w+)`", cells[0])
+            yield paper, functions, [importlib.import_module(name) for name in modules]
 
 
-def test_every_function_that_the_readme_names_stands_where_it_says():
-    pairs = named_functions()
+def test_every_function_stands_in_the_file_that_is_named_beside_it():
+    pairs = [(name, modules) for _, names, modules in rows(PAGES) for name in names]
     assert len(pairs) > 30
-    for name, files in pairs:
-        modules = [importlib.import_module(file) for file in files]
-        owners = list(modules)
-        for module in modules:
-            owners += [value for value in vars(module).values() if isinstance(value, type)]
-        found = [owner for owner in owners if hasattr(owner, name)]
-        assert found, f"README: `{name}` is not in {files}"
+    for name, modules in pairs:
+        classes = [value for module in modules for value in vars(module).values()
+                   if isinstance(value, type)]
+        assert any(hasattr(owner, name) for owner in (*modules, *classes)), (name, modules)
 
 
 @pytest.mark.parametrize("number", range(1, 13))
-def test_every_equation_is_in_the_readme_and_in_the_docstring_of_its_function(number):
-    pattern = "8-9" if number in (8, 9) else rf"\b{number}\b"
-    rows = [line for line in README.splitlines()
-            if line.startswith("| Eq") and re.search(pattern, line.split("|")[1])]
-    assert len(rows) == 1
-    names = re.findall(r"`(\w+)`", rows[0].split("|")[2])
-    modules = [importlib.import_module(file) for file in re.findall(r"`(\w+)\.py`", rows[0])]
+def test_every_equation_has_a_row_and_stands_in_the_docstring_of_its_function(number):
+    pattern = r"\bEqs?\. " + ("8-9" if number in (8, 9) else rf"{number}\b")
+    ((names, modules),) = [(names, modules) for paper, names, modules in rows(README)
+                           if re.match(pattern, paper)]
     texts = [getattr(module, name).__doc__ for name in names for module in modules
              if hasattr(module, name)]
-    assert any(re.search(rf"Eqs?\. {pattern}", text) for text in texts), names
+    assert any(re.search(pattern, text) for text in texts)
 
 
 def commands():
-    """Every `python X.py ...` of the README, without shell placeholders, as (script, arguments)."""
-    found = []
-    for script, rest in re.findall(r"python (stage1|stage2|eval|data)\.py([^`\n|]*)", README):
-        rest = re.split(r" #|\\$|'|&&|;", rest)[0]
-        for variable, value in (("$DATA", "/data"), ("$b", "coop"), ("$t", "plain")):
-            rest = rest.replace(variable, value)
-        if not set("{$") & set(rest):
-            found.append((script, shlex.split(rest)))
-    return found
+    """(script, arguments) of every `python SCRIPT.py ...`, with something for its variables."""
+    values = {"$DATA": "/data", "$d": "dtd", "$b": "coop", "$t": "plain", "$s": "1", "$1": "dtd",
+              "$2": "coop", "$3": "plain", "$4": "1", "{1}": "dtd", "{2}": "coop", "{3}": "plain",
+              "{4}": "1"}
+    text = PAGES.replace("\\\n", " ")
+    for script, words in re.findall(r"python (stage1|stage2|eval|data)\.py([^`\n;&'|#]*)", text):
+        yield script, [values.get(word, word) for word in shlex.split(words)]
 
 
-def test_the_readme_shows_commands():
-    assert len(commands()) > 15
+def as_text(words):
+    return words if isinstance(words, str) else " ".join(words)
 
 
-def as_text(value):
-    return " ".join(value) if isinstance(value, list) else value
-
-
-@pytest.mark.parametrize("script, argv", commands(), ids=as_text)
-def test_every_command_that_the_readme_shows_is_understood(script, argv, monkeypatch):
+@pytest.mark.parametrize("script, argv", list(commands()), ids=as_text)
+def test_every_command_is_understood_and_every_option_means_something(script, argv, monkeypatch):
     called = []
-    for module in (stage1, stage2):
-        monkeypatch.setattr(module, "run", lambda args: called.append(args))
-    if script == "stage1":
-        stage1.main(argv)
-    elif script == "stage2":
-        stage2.main(argv)
-    elif script == "eval":
-        called.append(evaluation.parse(argv))
-    else:
-        import data
-        monkeypatch.setattr(data, "inventory", lambda root: called.append(root))
-        monkeypatch.setattr(data, "describe", lambda *a: called.append(a))
-        data.main(argv)
-    assert len(called) == 1
+    for name in ("run", "inventory", "describe"):
+        monkeypatch.setattr(SCRIPTS[script], name, called.append, raising=False)
+    assert SCRIPTS[script].main(argv) in (0, None)
+    (args,) = called
+    if script.startswith("stage"):          # the files that a command names are the reader's
+        monkeypatch.setattr(stage1.os.path, "isfile", lambda path: True)
+        monkeypatch.setattr(stage1, "clip_identity", str)
+        given = {"baseline": "coop", "template": "anchoropt"} | vars(args)
+        stage1.resolve(args, args.dataset, given["baseline"], given["template"])
 
 
-def test_files_that_the_readme_names_exist():
-    names = set(re.findall(r"`((?:assets|tests)/[\w./]+\.\w+)`|\]\((assets/[\w.]+)\)", README))
-    for name in {a or b for a, b in names}:
-        assert (ROOT / name).exists(), name
+def test_every_option_that_is_named_is_one():
+    known = set()
+    for script in SCRIPTS.values():
+        for argv in (["--help"], ["describe", "--help"]):
+            with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+                script.main(argv)
+            known |= set(re.findall(r"--[\w-]+", text.getvalue()))
+    named = {option for code in re.findall(r"`(--[^`]+)`", PAGES)
+             for option in re.findall(r"--[\w-]+", code)}
+    assert len(named) > 15 and not named - known
+
+
+def test_every_file_that_is_named_is_there():
+    links = re.findall(r"\]\(([\w./]+)(?:#[\w-]+)?\)|`((?:assets/|tests/|\.ci/)[\w./]+)`", README)
+    links += re.findall(r"\]\(([\w.]+)\)|`([\w]+\.csv)`", PAPER)
+    assert len(links) > 8
+    for path in {link or code for link, code in links}:
+        assert (ROOT / path).exists() or (ROOT / "assets" / path).exists(), path
+
+
+def test_every_line_of_python_parses_and_imports_what_is_there():
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    assert len(imports) >= 3
+    for node in imports:
+        assert all(hasattr(importlib.import_module(node.module), each.name) for each in node.names)
