@@ -160,9 +160,9 @@ def plot_position_matrix(W, path, n_anchor=1, title=""):
         matrix = torch.as_tensor(matrix, dtype=torch.float32).detach().cpu()
         rows, columns = matrix.shape
         N = n_anchor[name] if isinstance(n_anchor, dict) else n_anchor
-        # A 1 is white on dark; the anchors' columns are tinted.
+        # A 1 is white on dark; the anchors' columns have a frame.
         axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1)
-        axes.axvspan(columns - N - 0.5, columns - 0.5, color="tab:orange", alpha=0.25)
+        axes.axvspan(columns - N - 0.5, columns - 0.52, fill=False, edgecolor="tab:orange", lw=3)
         for i in range(rows):
             for j in range(columns):
                 color = "white" if matrix[i, j] > 0.5 else "gray"
@@ -173,4 +173,4 @@ def plot_position_matrix(W, path, n_anchor=1, title=""):
         lines = textwrap.wrap(f"positions: {in_words(matrix, N)}", 34)
         axes.set_xlabel("\n".join(["token of the original sequence", *lines]), fontsize=8)
         axes.set_title("\n".join(textwrap.wrap(name, 34)), fontsize=9)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")       # however long a title is
