@@ -716,7 +716,7 @@ def run_script(name, run, args):
         if "DataLoader worker" in message:
             complain(name, f"{message.splitlines()[-1]}; set --workers 0, or give the container "
                            "more shared memory (docker run --shm-size)")
-        elif re.search("memory|MemoryError|ALLOC_FAILED", message):
+        elif re.search("(out of|allocate|enough) memory|MemoryError|ALLOC_FAILED", message):
             complain(name, f"out of memory ({message.splitlines()[0][:100]}); lower --batch-size, "
                            "--test-batch, or set --class-chunk 100")
         else:

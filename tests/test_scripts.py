@@ -560,10 +560,12 @@ def test_what_a_user_can_mend_is_one_line_with_what_helps(capsys, error, says):
     worlds.one_line(capsys.readouterr().err, "stage2.py: ", *says)
 
 
-def test_a_fault_of_our_own_keeps_its_traceback():
+@pytest.mark.parametrize("message", ["mat1 and mat2 shapes cannot be multiplied",
+                                     "CUDA error: an illegal memory access was encountered"])
+def test_a_fault_of_our_own_keeps_its_traceback(message):
     def fails(args):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    with pytest.raises(RuntimeError, match="mat1"):
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match=message):
         stage1.run_script("stage2.py", fails, None)
 
 
