@@ -440,17 +440,19 @@ def test_switches_of_the_machine_are_no_settings_and_leave_the_figures(tmp_path)
 
 
 def test_several_seeds_end_in_one_table_with_notes_once(tmp_path, capsys):
-    assert run(stage2, "--output", tmp_path, "--seeds", 1, 2, 2, "--template", "plain",
+    assert run(stage2, "--output", tmp_path, "--seeds", 1, 2, 2, "--template", "atprompt",
                "--epochs", 1, "--shots", 2) == 0
     out = capsys.readouterr().out
     assert out.count("| prompt") == 1 and "seeds 1, 2\n" in out and "finished already" not in out
-    assert out.count("1e-5") == 1           # the note on one epoch, which both seeds have
-    folder = tmp_path / "toy" / "coop-plain,epochs=1,shots=2"
+    (note,) = [line for line in out.splitlines() if "1e-5" in line]     # which both seeds have
+    assert note.count("coop-atprompt") == 1
+    folder = tmp_path / "toy" / "coop-atprompt,epochs=1,shots=2"
     found = [json.loads((folder / f"seed{k}" / "results.json").read_text()) for k in (1, 2)]
     assert found[0]["facts"]["training images"] != found[1]["facts"]["training images"]
     values = {side: [result[side]["final"] for result in found] for side in ("base", "novel", "hm")}
     means = {side: statistics.fmean(values[side]) for side in ("base", "novel")}
     means["hm"] = 2 * means["base"] * means["novel"] / (means["base"] + means["novel"])
+    assert statistics.stdev(values["hm"]) > 0
     cells = [f"{means[side]:.2f} ± {statistics.stdev(values[side]):.2f}" for side in means]
     (line,) = [line for line in out.splitlines() if line.startswith("| final")]
     assert [cell.strip() for cell in line.split("|")[2:5]] == cells
@@ -469,13 +471,30 @@ def test_learning_on_all_classes_prints_accuracy(tmp_path, capsys):
 
 # -------------------------------------------------------------------------- Stage I as a script
 
-def test_stage_1_takes_as_many_steps_as_if_images_came_in_batches_of_32(tmp_path, monkeypatch):
-    lengths = []
-    monkeypatch.setattr(stage1, "learn_anchor",
-                        lambda prompt, targets, epochs, weight: lengths.append(epochs.steps))
+def test_an_anchor_is_taught_by_the_mean_description_of_each_class(tmp_path, monkeypatch):
+    """In Stage I, as many steps as if images came in batches of 32; and in one-stage training."""
+    taught, steps = [], []
+
+    def learn_anchor(prompt, targets, epochs, weight):
+        taught.append(targets)
+        steps.append(epochs.steps)
+
+    def adapt(learner, run, epochs, features, labels, one_stage):
+        taught.append(one_stage.targets)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(stage1, "learn_anchor", learn_anchor)
+    monkeypatch.setattr(stage2, "adapt", adapt)
     for shots in (32, 1):
         assert run(stage1, "--shots", shots, "--output", tmp_path) == 0
-    assert lengths == [32 * BASE // 32, 1]
+    assert run(stage2, "--one-stage", "--output", tmp_path) == 130
+    assert steps == [32 * BASE // 32, 1] and len(taught) == 3
+
+    model, file = load_toy_clip("toy", "cpu", None), data.default_descriptions("toy")
+    sentences = json.loads(pathlib.Path(file).read_text())
+    f_des = [unit(model.encode_text(clip.tokenize(sentences[name][:10]))).mean(0)
+             for name in toy_names()[:BASE]]
+    for targets in taught:
+        assert relative(targets.cpu(), torch.stack(f_des)) < (1e-5 if DEVICE == "cpu" else 0.02)
 
 
 def test_nearest_words_are_those_of_the_anchor_that_is_named(tmp_path, capsys, monkeypatch):
