@@ -40,6 +40,7 @@ class AnchorPrompt(nn.Module):
         return self
 
     def forward(self):
+        """f_T(t_anc), Eq. 4: unit features (C, d)."""
         # Eq. 4 up to [of] is shared by all classes; [CLS] . [EOT] are the suffix.
         # (1 + N + tokens of the preposition, d_t)
         context = torch.cat([self.sos, self.tokens, self.preposition])

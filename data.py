@@ -988,6 +988,7 @@ class KeptFeatures:
         return self.folder / f"{digest([self.what, epoch])}.npz"
 
     def has(self, epoch):
+        """Is there a file for this epoch? (`read` says whether it is sound.)"""
         return self.path(epoch).is_file()
 
     def read(self, epoch):
@@ -1001,6 +1002,7 @@ class KeptFeatures:
         return features.float() if len(features) == self.n else None
 
     def write(self, epoch, features):
+        """Keeps f (n, d) of this epoch."""
         if features.dtype == torch.bfloat16:                                # numpy has none
             features = features.float()
         with written_aside(self.path(epoch)) as aside, open(aside, "wb") as file:
@@ -1039,6 +1041,7 @@ def written_aside(path):
 
 
 def save_json(path, value):
+    """A value of dicts, lists, strings and numbers as JSON, in UTF-8."""
     with written_aside(path) as aside:
         aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -274,6 +274,7 @@ class Classifier:
 
     @torch.no_grad()
     def bind(self, names):
+        """Binds it to these class names, as they are."""
         self.learner.set_classes(names)
         self.class_names = names
         self.known = set(names) <= set(self.learnt_on)

@@ -104,7 +104,7 @@ def fixed_matrix(arrangement, n_soft, n_anchor):
     """The fixed arrangements of Tab. 8 that move tokens within the context, as matrices.
 
     "before": the anchor tokens stand before all soft tokens; "middle": after floor(M / 2) of them.
-    ("After class token" is not a matter of W: there the anchor stands behind the class name.)
+    ("After class token" is not a matter of W: there the anchor stands after the class name.)
     With M = 2 and N = 1, "before" is  Anc V_1 V_2  and "middle" is  V_1 Anc V_2.
     n_soft = M, n_anchor = N. Returns (M + N, M + N) of 0 and 1. Raises ValueError for another name.
     """

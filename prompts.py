@@ -86,7 +86,7 @@ def new_tokens(clip_model, n, std=0.02):
 
 
 def class_suffix(clip_model, texts, before=1, inside=None):
-    """What stands behind the context: the tokens of each text, then [EOT].
+    """What comes after the context: the tokens of each text, then [EOT].
 
     texts: C strings, e.g. class names with their full stop.
     before: how many tokens stand in front, [SOS] and the context.
@@ -156,7 +156,7 @@ def after_attention(block, x, attended):
 def encode_text(clip_model, context, suffix, eot, deep=None, read_back=0, class_chunk=0):
     """f_T for C prompts that share their context: the feature at [EOT], exactly as in CLIP.
 
-    CLIP's text attention is causal. So what stands behind [EOT] cannot reach the feature and is
+    CLIP's text attention is causal. So what comes after [EOT] cannot reach the feature and is
     left out, and the states of [SOS] and the context are the same for every class: they are
     computed once, and each class's suffix attends to them. Context and suffixes stand in one row,
     packed end to end, so that no class pays for a longer one; only attention sees the suffixes as
@@ -207,7 +207,11 @@ def _classes_at_once(n_classes, n_contexts, class_chunk, device):
 
 
 def _encode_classes(clip_model, contexts, suffix, eot, deep, read_back):
-    """`encode_text` for one chunk of C classes and B contexts (B, L, d_t) -> (B, C, d)."""
+    """`encode_text` for one chunk of C classes and B contexts (B, L, d_t) -> (B, C, d).
+
+    The slow, obvious way that it equals, 77 positions for every class, is `encode_77` in
+    tests/reference.py.
+    """
     (B, L, _), (C, S, _) = contexts.shape, suffix.shape
     dtype, device = clip_model.dtype, suffix.device
     packed, grid, read = _places(eot, S, L, read_back, device)
@@ -275,7 +279,7 @@ def _places(eot, S, L, read_back, device):
 
     packed (T,): the places of the grid that are used             0 1 2 4 5 6 7
     grid (C S,): which of the T tokens stands at each place       0 1 2 2 3 4 5 6
-                 (padding repeats the last one: it stands behind [EOT], so nobody attends to it)
+                 (padding repeats the last one: it comes after [EOT], so nothing attends to it)
     read (C,): where among the L + T each feature is read         5 9
                  (with read_back = 1 at each ".": 4 8; with 3, ant's in the context: 2 6)
     """
@@ -283,7 +287,7 @@ def _places(eot, S, L, read_back, device):
     used = torch.arange(S) <= eot[:, None]                          # (C, S)
     packed = used.flatten().nonzero().flatten()
     grid = used.flatten().cumsum(0) - 1
-    end = L + (eot + 1).cumsum(0)                                   # behind each class's [EOT]
+    end = L + (eot + 1).cumsum(0)                                   # after each class's [EOT]
     start = end - (eot + 1)                                         # its first token
     at = eot - read_back                                            # below 0: in the context
     read = torch.where(at < 0, L + at, start + at).clamp_min(0)
@@ -291,7 +295,7 @@ def _places(eot, S, L, read_back, device):
 
 
 def encode_sentences(clip_model, sentences, batch_size=256):
-    """f_T of whole sentences, each behind [SOS]: (n, d), not normalised, without gradient.
+    """f_T of whole sentences, each after [SOS]: (n, d), not normalised, without gradient.
 
     The same as `clip_model.encode_text(clip.tokenize(sentences))` without the padding. Raises
     ValueError naming the sentences that are too long for CLIP or have no tokens.
@@ -310,7 +314,7 @@ def encode_sentences(clip_model, sentences, batch_size=256):
 def encode_image(clip_model, images, tokens=()):
     """f_I with visual prompts: (B, 3, R, R) -> (B, d), not normalised. With no tokens, CLIP's own.
 
-    tokens: the prompts (M, d_v) of blocks 0, 1, ...: the first are appended behind the patches,
+    tokens: the prompts (M, d_v) of blocks 0, 1, ...: the first are appended after the patches,
     with no position, before `ln_pre`; each later one replaces the last M states before its block
     (MaPLe).
     """
@@ -384,6 +388,7 @@ class PlainTemplate(nn.Module):
         self.length = n_soft + len(self.rest)
 
     def forward(self, shift=None):
+        """The context, (..., length, d_t), and None: there is no W. shift: None or (B, d_t)."""
         V = self.shifted(shift)
         return torch.cat([V, self.rest.expand(*V.shape[:-2], -1, -1)], dim=-2), None
 
@@ -395,7 +400,7 @@ class PlainTemplate(nn.Module):
 
     def deepen(self, W, V_l, hidden):
         """MaPLe, Fig. 3a: this layer's V_l (M, d_t) replaces the states of the soft tokens."""
-        # The first M states go; those of `rest`, behind them, stay.
+        # The first M states go; those of `rest`, after them, stay.
         kept = hidden[..., len(V_l):, :]
         return torch.cat([V_l.expand(*kept.shape[:-2], -1, -1), kept], dim=-2)
 
@@ -403,7 +408,7 @@ class PlainTemplate(nn.Module):
 class AttributeTemplate(PlainTemplate):
     """Eq. 3:  t_attr = [V_a1] ... [V_am] [Anc^e] [V_1] ... [V_M] [CLS].  (ATPrompt.)
 
-    attributes: 1 to 3 words. Each (all of its tokens) stands behind m = M soft tokens of its own:
+    attributes: 1 to 3 words. Each (all of its tokens) stands after m = M soft tokens of its own:
         M = 2 and ["color", "shape"] give  V_a V_a color  V_b V_b shape  V_1 V_2,  8 positions.
     Raises ValueError for no attribute, or one without tokens.
     """
@@ -421,6 +426,7 @@ class AttributeTemplate(PlainTemplate):
             self.length += n_soft + len(Anc)
 
     def forward(self, shift=None):
+        """Eq. 3 up to its [CLS], (..., length, d_t), and None. shift: None or (B, d_t)."""
         parts = []
         for i, V_a in enumerate(self.attribute_soft_tokens):
             parts += [V_a, getattr(self, f"word_{i}")]
@@ -462,13 +468,14 @@ class AnchorTemplate(PlainTemplate):
             self.register_buffer("fixed_W", W.to(device), persistent=False)
 
     def forward(self, shift=None):
+        """Eq. 9 up to its [CLS], (..., length, d_t), and its W. shift: None or (B, d_t)."""
         # W first: a sample of Eq. 6. With M = 2 and N = 1, rows that choose the columns 2, 3, 2
         # make  V_2 Anc V_2  of  t_v = V_1 V_2 Anc.
         W = self.fixed_W if self.position_matrix is None else self.position_matrix()
         V = self.shifted(shift)                                     # the anchor is not shifted
         anchor = self.anchor_tokens.expand(*V.shape[:-2], -1, -1)
         t_v = torch.cat([V, anchor], dim=-2)                        # Eq. 8: (..., K, d_t)
-        # Eq. 9 but for its [CLS], which joins in `_encode_classes`: (..., length, d_t)
+        # Eq. 9 except its [CLS], which joins in `_encode_classes`: (..., length, d_t)
         return rearrange(W, t_v), W
 
     def deepen(self, W, V_l, hidden):
@@ -517,7 +524,7 @@ class CoOp(nn.Module):
 
     def set_classes(self, class_names):
         """Binds the learnt prompt to these C classes."""
-        # An anchor that stands behind the name is copied: who moves it must call this again.
+        # An anchor that stands after the name is copied: whoever moves it must call this again.
         inside = self.template.anchor_tokens if self.template.anchor_in_suffix else None
         texts = [name + "." for name in class_names]
         before = 1 + self.template.length
@@ -546,7 +553,7 @@ class CoOp(nn.Module):
         return clip_logits(unit(f_img), unit(f_text), self.clip_model.logit_scale.exp())
 
     def own_loss(self, ce, f_img, f_norm, labels):
-        """What the baseline makes of Eq. 10's cross entropy: nothing, but for DePT."""
+        """What the baseline makes of Eq. 10's cross entropy, a scalar: the same, except in DePT."""
         return ce
 
     def forward(self, f, images=None):
@@ -570,6 +577,7 @@ class CoCoOp(CoOp):
         self.meta_net = pi.to(self.sos.device)
 
     def text_features(self, f_img):
+        """f_T(t_norm) for each of the images f_img (B, d), not normalised: (B, C, d)."""
         u = unit(f_img).to(self.meta_net[0].weight.dtype)
         # Shift first, then W: a token that W repeats is shifted alike in each place.
         context, W = self.template(self.meta_net(u))                # shift (B, d_t)
@@ -598,6 +606,7 @@ class MaPLe(CoOp):
         self.deep_tokens = nn.ParameterList(new_tokens(clip_model, M) for _ in range(depth - 1))
 
     def text_features(self, f_img=None):
+        """f_T(t_norm) with the deeper layers' V_l, not normalised: (C, d)."""
         context, W = self.template()                # one sample of W for all layers
 
         def deep(layer, hidden):
@@ -609,6 +618,7 @@ class MaPLe(CoOp):
         return self.encode_context(context, deep)
 
     def image_features(self, f, images=None):
+        """f_I(x) with visual prompts, of images (B, 3, R, R), not normalised: (B, d)."""
         # V_0 before W (S2.2.4): W may drop a token, and the image side would lose it.
         V = [self.template.soft_tokens, *self.deep_tokens]
         visual_tokens = [linear(V_l) for linear, V_l in zip(self.to_visual, V)]     # (M, d_v) each
@@ -681,12 +691,14 @@ class ZeroShot(CoOp):
         self.set_classes(class_names)
 
     def set_classes(self, class_names):
+        """Encodes the written prompt of each of these C classes."""
         self.class_names = list(class_names)
         texts = [self.prompt.format(name) for name in class_names]
         self.features = encode_sentences(self.clip_model, texts)
         return self
 
     def text_features(self, f_img=None):
+        """f_T of the written prompts, not normalised: (C, d)."""
         return self.features
 
 
@@ -823,6 +835,7 @@ def clip_identity(name_or_path):
 
 
 def sha256(path):
+    """The SHA-256 of a file, in hexadecimal digits."""
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 

@@ -731,6 +731,7 @@ def printable(text):
 
 
 def say(text):
+    """Prints one line that may have names out of files in it."""
     print(printable(text), flush=True)
 
 

@@ -116,6 +116,7 @@ class OneStage:
         self.optimizer = stage1.sgd([prompt.tokens], settings["anchor_lr"])     # theta_a
 
     def step(self):
+        """One step of theta_a by Eq. 5, and the prompt's copy of the anchor follows."""
         loss = self.weight * losses.anchor_mse(self.prompt(), self.targets)     # Eq. 5
         self.optimizer.zero_grad()
         stage1.scaled_backward(loss, self.prompt.tokens)

@@ -307,7 +307,7 @@ def first_run(tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_found_and_what_made_it(first_run):
-    output, _ = first_run
+    output, printed = first_run
     of_run = output / "toy" / "coop-anchoropt,anchor_epochs=2,epochs=2" / "seed1"
     of_anchor = output / "toy" / "anchor,anchor_epochs=2" / "seed1"
     names = ["results.json", "prompt.pt", "log.csv", "position.png"]
@@ -325,6 +325,7 @@ def test_a_run_leaves_what_it_found_and_what_made_it(first_run):
                                     "descriptions' sentences"}
     assert result["environment"]["torch"] == torch.__version__
     assert result["comparable"] and len(result["notes"]) == 1       # that there are four pictures
+    assert evaluation.TOY_WARNING in printed and result["notes"][0] in printed
 
     W, logits = result["position_matrix"], saved["state"]["template.position_matrix.logits"]
     assert W["end"] == torch.eye(5).long()[logits.argmax(1).cpu()].tolist()
@@ -371,13 +372,15 @@ def test_figures_are_those_of_the_prompt_by_clips_own_encoders(first_run):
 def test_a_finished_run_is_shown_again_and_run_again_with_overwrite_alone(first_run, capsys):
     output, printed = first_run
     before, state = figures(output), learnt(output)
+    of_old_prompt = one_file(output, "prompt.pt").with_name("eval-dtd.json")
+    of_old_prompt.write_text("{}")
     assert run(stage2, "--output", output, *TWO) == 0
     out = capsys.readouterr().out
     assert "finished already" in out and "Stage I" not in out
     assert out[out.index("| prompt"):] == printed[printed.index("| prompt"):]
     assert run(stage2, "--output", output, *TWO, "--overwrite", plot=True) == 0
     out = capsys.readouterr().out
-    assert "anchor found" in out and "finished already" not in out
+    assert "anchor found" in out and "finished already" not in out and not of_old_prompt.exists()
     assert same(learnt(output), state) and (figures(output) == before or DEVICE != "cpu")
 
 
@@ -596,8 +599,8 @@ def describe(tmp_path, monkeypatch):
     sentences = json.loads(pathlib.Path(data.default_descriptions("toy")).read_text())
     monkeypatch.setattr(data, "SHIPPED", str(tmp_path))
 
-    def write(names):
-        other = {name: ["A picture of something else."] for name in names}
+    def write(names, text="A picture of something else."):
+        other = {name: [text] for name in names}
         (tmp_path / "toy.json").write_text(json.dumps(sentences | other))
     write([])
     return write
@@ -636,15 +639,18 @@ def empty_prompt(output, describe, patch):
     (stage2, "finished", other_descriptions, ["results.json", "descriptions' sentences"]),
     (stage2, "finished", other_table, ["results.json", "settings"]),
     (stage2, "finished", empty_prompt, ["prompt.pt", "damaged"]),
-    (stage2, "begun", other_anchor, ["last.pt", "anchor tokens"])])
+    (stage2, "begun", other_anchor, ["last.pt", "anchor tokens"]),
+    (stage2, "begun, plain", other_table, ["last.pt", "other lr"])])
 def test_what_was_made_of_something_else_is_refused_until_overwrite(
         tmp_path, capsys, monkeypatch, describe, script, until, change, says):
     output = tmp_path / "o"
-    command = TWO if script is stage2 else TWO[2:]
+    command, loss = (TWO, "cross_entropy") if script is stage2 else (TWO[2:], "anchor_mse")
+    if "plain" in until:
+        command, loss = [*TWO[:2], "--template", "plain", "--batch-size", 8], "cross_entropy"
     with monkeypatch.context() as patch:
-        if until == "begun":
-            stop_at(patch, "anchor_mse" if script is stage1 else "cross_entropy", STEPS + 2)
-        assert run(script, *command, "--output", output) == (130 if until == "begun" else 0)
+        if "begun" in until:
+            stop_at(patch, loss, STEPS + 2)
+        assert run(script, *command, "--output", output) == (130 if "begun" in until else 0)
     change(output, describe, monkeypatch)
     refused(capsys, script, *command, "--output", output, says=[*says, output])
     assert run(script, *command, "--output", output, "--overwrite") == 0
@@ -652,10 +658,11 @@ def test_what_was_made_of_something_else_is_refused_until_overwrite(
         return
     fresh = tmp_path / "fresh"
     assert run(script, *command, "--output", fresh) == 0
-    tokens = [anchor.load_anchor(one_file(folder, "anchor.pt"))[0] for folder in (output, fresh)]
-    assert same(*tokens)
     if script is stage2:
         assert_same(output, fresh)
+    else:
+        assert same(*[anchor.load_anchor(one_file(folder, "anchor.pt"))[0]
+                      for folder in (output, fresh)])
 
 
 def test_stage_1_reads_no_image_and_no_description_of_a_novel_class(tmp_path, monkeypatch, capsys,
@@ -668,6 +675,13 @@ def test_stage_1_reads_no_image_and_no_description_of_a_novel_class(tmp_path, mo
     assert run(stage1, *command, tmp_path / "a") == 0
     assert capsys.readouterr().out.count("anchor found") == 1
     assert same(*[anchor.load_anchor(one_file(tmp_path / name, "anchor.pt"))[0] for name in "ab"])
+
+
+def test_all_sentences_that_clip_cannot_read_are_named_before_anything_is_learnt(
+        tmp_path, capsys, monkeypatch, describe):
+    monkeypatch.setattr(stage1, "load_clip", None)
+    describe(toy_names()[1:3], "word " * 76)
+    refused(capsys, stage2, "--output", tmp_path / "o", says=["toy.json", "75", *toy_names()[1:3]])
 
 
 def test_overwrite_removes_nothing_before_the_run_can_begin(tmp_path, capsys, describe):
@@ -742,7 +756,8 @@ def test_kept_features_give_the_same_bits_and_spare_the_pictures(tmp_path, monke
         assert opened(monkeypatch, *command, cached, "--feature-cache", tmp_path / "cache") \
             == expected
         assert_same(plain, cached)
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    kept = [path.read_bytes() for path in (tmp_path / "cache").iterdir()]
+    assert len(kept) == len(set(kept)) == 4                     # each epoch has its own crops
 
 
 # ------------------------------------------------------ other datasets, CLIPs and anchors
