@@ -186,7 +186,7 @@ def given_anchor(run, clip_model, novel_names):
     found["anchor_length"] = len(tokens)
     data.check_unchanged(file, found, {key: settings[key] for key in found},
                          f"it was learnt with {found}")
-    seen = set(saved.get("class_names", [])) & set(novel_names)
+    seen = set(saved.get("class_names") or []) & set(novel_names)
     if seen:
         raise ValueError(f"{file} was learnt from descriptions of {len(seen)} classes that are "
                          f"novel here, such as {min(seen)!r}; give one that was not, or "

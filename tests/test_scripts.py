@@ -374,9 +374,11 @@ def test_a_finished_run_is_shown_again_and_run_again_with_overwrite_alone(first_
     before, state = figures(output), learnt(output)
     of_old_prompt = one_file(output, "prompt.pt").with_name("eval-dtd.json")
     of_old_prompt.write_text("{}")
+    begun = of_old_prompt.with_name("last.pt")      # as a process leaves it that is killed here
+    begun.write_bytes(b"")
     assert run(stage2, "--output", output, *TWO) == 0
     out = capsys.readouterr().out
-    assert "finished already" in out and "Stage I" not in out
+    assert "finished already" in out and "Stage I" not in out and not begun.exists()
     assert out[out.index("| prompt"):] == printed[printed.index("| prompt"):]
     assert run(stage2, "--output", output, *TWO, "--overwrite", plot=True) == 0
     out = capsys.readouterr().out
@@ -478,26 +480,29 @@ def test_an_anchor_is_taught_by_the_mean_description_of_each_class(tmp_path, mon
     """In Stage I, as many steps as if images came in batches of 32; and in one-stage training."""
     taught, steps = [], []
 
-    def learn_anchor(prompt, targets, epochs, weight):
-        taught.append(targets)
+    def learn_anchor(prompt, targets, epochs, weight=None):
+        taught.append((prompt, targets))
         steps.append(epochs.steps)
 
     def adapt(learner, run, epochs, features, labels, one_stage):
-        taught.append(one_stage.targets)
+        learn_anchor(one_stage.prompt, one_stage.targets, epochs)
         raise KeyboardInterrupt
     monkeypatch.setattr(stage1, "learn_anchor", learn_anchor)
     monkeypatch.setattr(stage2, "adapt", adapt)
+    command = ["--preposition", "sun", "--output", tmp_path]
     for shots in (32, 1):
-        assert run(stage1, "--shots", shots, "--output", tmp_path) == 0
-    assert run(stage2, "--one-stage", "--output", tmp_path) == 130
-    assert steps == [32 * BASE // 32, 1] and len(taught) == 3
+        assert run(stage1, "--shots", shots, *command) == 0
+    assert run(stage2, "--one-stage", *command) == 130
+    assert steps == [32 * BASE // 32, 1, STEPS] and len(taught) == 3
 
     model, file = load_toy_clip("toy", "cpu", None), data.default_descriptions("toy")
     sentences = json.loads(pathlib.Path(file).read_text())
     f_des = [unit(model.encode_text(clip.tokenize(sentences[name][:10]))).mean(0)
              for name in toy_names()[:BASE]]
-    for targets in taught:
+    for prompt, targets in taught:
         assert relative(targets.cpu(), torch.stack(f_des)) < (1e-5 if DEVICE == "cpu" else 0.02)
+        of_sun = anchor.anchor_features(prompt.clip_model, toy_names()[:BASE], prompt.tokens, "sun")
+        assert same(prompt().detach(), of_sun)
 
 
 def test_nearest_words_are_those_of_the_anchor_that_is_named(tmp_path, capsys, monkeypatch):
