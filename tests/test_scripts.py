@@ -673,12 +673,13 @@ def test_what_was_made_of_something_else_is_refused_until_overwrite(
 def test_stage_1_reads_no_image_and_no_description_of_a_novel_class(tmp_path, monkeypatch, capsys,
                                                                     describe):
     monkeypatch.setattr(data, "load_image", None)
-    command = ["--anchor-epochs", 2, "--output"]
+    command = ["--anchor-epochs", 2, "--nearest", 1, "--output"]
     assert run(stage1, *command, tmp_path / "a") == 0
     describe(toy_names()[BASE:])
     assert run(stage1, *command, tmp_path / "b") == 0
     assert run(stage1, *command, tmp_path / "a") == 0
-    assert capsys.readouterr().out.count("anchor found") == 1
+    out = capsys.readouterr().out
+    assert out.count("anchor found") == 1 and out.count("[Anc_1]") == 3
     assert same(*[anchor.load_anchor(one_file(tmp_path / name, "anchor.pt"))[0] for name in "ab"])
 
 
