@@ -14,45 +14,34 @@ class AnchorPrompt(nn.Module):
     """Eq. 4:  t_anc = [Anc_1] ... [Anc_N] [of] [CLS].  A call: unit features f_T(t_anc) (C, d).
 
     tokens (N, d_t): theta_a, learnable, in float32, started at N(0, 0.02^2).
-    preposition: the word between anchor and class, or None or "none" for no word (Tabs. 6, S2).
-    class_chunk: see `prompts.encode_text`. It lives on the device of clip_model: build it there.
-    Raises ValueError for N < 1 or class names that do not fit into CLIP's 77 tokens.
+    preposition: the word between anchor and class, or "none" for no word (Tabs. 6, S2).
+    It lives on the device of clip_model: build it there.
+    Raises ValueError for class names that do not fit into CLIP's 77 tokens.
     """
 
-    def __init__(self, clip_model, class_names, n_anchor=1, preposition="of", class_chunk=0):
+    def __init__(self, clip_model, class_names, n_anchor=1, preposition="of"):
         super().__init__()
-        if n_anchor < 1:
-            raise ValueError(f"an anchor prompt needs at least one anchor token, got {n_anchor}")
         object.__setattr__(self, "clip_model", clip_model)     # not a submodule: not ours to save
         self.tokens = new_tokens(clip_model, n_anchor)
-        word = "" if preposition in (None, "none") else preposition
-        self.register_buffer("sos", embed(clip_model, [SOS]), persistent=False)
-        word_tokens = embed(clip_model, TOKENIZER.encode(word))             # [of], or (0, d_t)
-        self.register_buffer("preposition", word_tokens, persistent=False)
-        self.class_chunk = class_chunk
-        self.set_classes(class_names)
-
-    def set_classes(self, class_names):
-        """Binds the same anchor to these C classes."""
-        before = 1 + len(self.tokens) + len(self.preposition)
+        word = "" if preposition == "none" else preposition
+        self.sos = embed(clip_model, [SOS])
+        self.preposition = embed(clip_model, TOKENIZER.encode(word))        # [of], or (0, d_t)
+        before = 1 + n_anchor + len(self.preposition)
         texts = [name + "." for name in class_names]
-        self.suffix, self.eot = class_suffix(self.clip_model, texts, before)
-        return self
+        self.suffix, self.eot = class_suffix(clip_model, texts, before)
 
     def forward(self):
         """f_T(t_anc), Eq. 4: unit features (C, d)."""
         # Eq. 4 up to [of] is shared by all classes; [CLS] . [EOT] are the suffix.
         # (1 + N + tokens of the preposition, d_t)
         context = torch.cat([self.sos, self.tokens, self.preposition])
-        features = encode_text(self.clip_model, context, self.suffix, self.eot,
-                               class_chunk=self.class_chunk)
-        return unit(features)
+        return unit(encode_text(self.clip_model, context, self.suffix, self.eot))
 
 
 @torch.no_grad()
-def anchor_features(clip_model, class_names, tokens, preposition="of", class_chunk=0):
+def anchor_features(clip_model, class_names, tokens, preposition="of"):
     """Unit features f_T(t_anc) (C, d) of these classes, for frozen anchor tokens (N, d_t)."""
-    prompt = AnchorPrompt(clip_model, class_names, len(tokens), preposition, class_chunk)
+    prompt = AnchorPrompt(clip_model, class_names, len(tokens), preposition)
     prompt.tokens.data.copy_(tokens)            # in place of its random start values
     return prompt()
 
@@ -60,8 +49,8 @@ def anchor_features(clip_model, class_names, tokens, preposition="of", class_chu
 def nearest_words(tokens, clip_model, k=10):
     """S4: for each anchor token the k vocabulary entries nearest to it, by Euclidean distance.
 
-    tokens (N, d_t). Returns N lists of (word, distance), nearest first. As the paper finds, they
-    make no sense to a person: anchors live between the words.
+    tokens (N, d_t). Returns N lists of (word, distance), nearest first. (The paper finds them
+    incoherent.)
     """
     table = clip_model.token_embedding.weight.float()                       # (vocabulary, d_t)
     distances = torch.cdist(tokens.detach().to(table), table)               # (N, vocabulary)
@@ -101,9 +90,10 @@ def load_anchor(path):
         else:
             state, settings = content["state_dict"], {}
             keys = [key for key in state if key.startswith("anchor_ctx")]
-            parts = [state[key] for key in sorted(keys, key=lambda key: (len(key), key))]
+            keys.sort(key=lambda key: (len(key), key))                      # 2 before 10
+            parts = [state[key] for key in keys]
         tokens = torch.cat(parts).float()                                   # (N, d_t)
-        if tokens.dim() != 2 or not len(tokens) or not tokens.isfinite().all():
+        if tokens.dim() != 2 or not tokens.isfinite().all():
             raise ValueError("it holds no anchor tokens (N, d_t) of finite numbers")
         return tokens, settings
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:

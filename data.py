@@ -9,8 +9,7 @@ nothing is ever written there.
     python data.py describe --dataset NAME ...   ask an LLM for a description file
 
 What differs between datasets stands in one table, DATASETS; the readers below it know only kinds
-of layout. They raise what is wrong and where; `load_dataset`, which calls them, adds where to get
-it.
+of layout. They raise the fact; `load_dataset`, which calls them, adds where to get what is missing.
 """
 
 import argparse
@@ -18,7 +17,9 @@ import collections
 import contextlib
 import csv
 import difflib
+import errno
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -27,7 +28,6 @@ import os
 import pathlib
 import random
 import re
-import sys
 import urllib.parse
 import uuid
 from typing import NamedTuple
@@ -65,7 +65,7 @@ class Dataset(NamedTuple):
 
 # ---------------------------------------------------------------------------- the table
 
-ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
+ASSETS = os.path.join(os.path.dirname(__file__), "assets")
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 # The guide's links to Stanford Cars and SUN397 are dead; the authors keep all but ImageNet here.
 MIRROR = "HuggingFace dataset zhengli97/prompt_learning_dataset"
@@ -74,7 +74,7 @@ PHOTO = "a photo of a {}."
 
 class Row(NamedTuple):
     folder: str                    # under the root
-    images: tuple                  # under the folder; mirrors differ, see `images_folder`
+    images: tuple                  # under the folder; where mirrors differ, several
     kind: str                      # which reader, see READERS
     split: str                     # the file that fixes classes or split
     classes: int                   # how many the full dataset has
@@ -87,7 +87,7 @@ class Row(NamedTuple):
 
 DATASETS = {
     "imagenet": Row(
-        "imagenet", ("images",), "imagenet", "classnames.txt", 1000, PHOTO,
+        "imagenet", ("images/val",), "imagenet", "classnames.txt", 1000, PHOTO,
         "https://image-net.org"),
     "caltech101": Row(
         "caltech-101", ("101_ObjectCategories",), "json", "split_zhou_Caltech101.json", 100, PHOTO,
@@ -131,16 +131,16 @@ DATASETS = {
 
     # Test only: the four ImageNet variants of domain generalisation (Tab. 4).
     "imagenetv2": Row(
-        "imagenetv2", ("imagenetv2-matched-frequency-format-val", "imagenetv2", ""), "numbered",
+        "imagenetv2", ("imagenetv2-matched-frequency-format-val", "imagenetv2", ""), "imagenet",
         "classnames.txt", 1000, PHOTO, "https://github.com/modestyachts/ImageNetV2"),
     "imagenet_sketch": Row(
-        "imagenet-sketch", ("images", "sketch"), "wnids", "classnames.txt", 1000, PHOTO,
+        "imagenet-sketch", ("images", "sketch"), "imagenet", "classnames.txt", 1000, PHOTO,
         "https://github.com/HaohanWang/ImageNet-Sketch"),
     "imagenet_a": Row(
-        "imagenet-adversarial", ("imagenet-a",), "some wnids", "classnames.txt", 200, PHOTO,
+        "imagenet-adversarial", ("imagenet-a",), "imagenet", "classnames.txt", 200, PHOTO,
         "https://github.com/hendrycks/natural-adv-examples"),
     "imagenet_r": Row(
-        "imagenet-rendition", ("imagenet-r",), "some wnids", "classnames.txt", 200, PHOTO,
+        "imagenet-rendition", ("imagenet-r",), "imagenet", "classnames.txt", 200, PHOTO,
         "https://github.com/hendrycks/imagenet-r"),
 
     # Lies under assets/, not under the root.
@@ -164,33 +164,37 @@ def load_dataset(name, root=None):
 
     name: a key of DATASETS in any spelling of NAMES; or an existing folder (see OWN_LAYOUT), which
     needs a path separator where a known dataset has the same name. root: the folder of the known
-    ones (default: the environment's DATA, else ./data). Returns a Dataset. Raises ValueError for an
-    unknown name or a file with the wrong content, and FileNotFoundError for what is missing; both
-    say in one line what is wrong, where, and where to get it.
+    ones (default: the environment's DATA, else ./data). Returns a Dataset. Raises ValueError, which
+    says in one line what is wrong or missing, where, and where to get it.
     """
     # A folder of one's own, an unknown name, or one of the fifteen?
-    name = os.fspath(name)
+    name = str(name)
     known = NAMES.get(squashed(name))
-    if os.sep in name or "/" in name or (known is None and os.path.isdir(name)):
-        folder = os.path.abspath(os.path.expanduser(name))
-        known, advice, read = own_name(folder), OWN_LAYOUT, read_own
+    if os.path.dirname(name) or (known is None and os.path.isdir(name)):
+        folder = pathlib.Path(os.path.abspath(os.path.expanduser(name)))
+        known = own_name(folder)
+        advice, read = OWN_LAYOUT, read_own
     elif known is None:
-        near = difflib.get_close_matches(name.lower(), DATASETS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(DATASETS)}"
-        raise ValueError(f"unknown dataset {name!r}, and no folder; {hint}")
+        raise ValueError(f"unknown dataset {name!r}, and no folder; known: {', '.join(DATASETS)}")
     else:
         row = DATASETS[known]
-        folder = os.path.join(ASSETS if known == "toy" else data_root(root), row.folder)
+        root = ASSETS if known == "toy" else root or os.environ.get("DATA") or "data"
+        folder = pathlib.Path(os.path.expanduser(root), row.folder)
         advice = (f"give --root or set DATA to the folder of {row.folder}/; images come from "
                   f"{row.source}, split files and layout from {GUIDE}")
         read = functools.partial(READERS[row.kind], row)
-    # The readers raise what is wrong and where; what to do about it is added here, once.
+    # The readers, and the operating system, say what is wrong; what to do is added here, once.
     try:
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f"{folder} is missing")
         return completed(read(folder), known, folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{error}; {advice}") from None
+    except (OSError, ValueError) as error:
+        fact = str(error)
+        if isinstance(error, FileNotFoundError):
+            fact = f"{error.strerror}: {error.filename}"
+            # Does a file of that name lie elsewhere in the folder?
+            name = glob.escape(os.path.basename(error.filename))
+            for found in itertools.islice(folder.rglob(name), 1):
+                fact += f"; one of that name lies at {found}"
+        raise ValueError(f"{known}: {fact}; {advice}") from None
 
 
 def completed(dataset, name, folder):
@@ -198,37 +202,49 @@ def completed(dataset, name, folder):
 
     Raises ValueError where a class has no image to learn or test on, or there is one class alone.
     """
-    # Names as CLIP reads them, and pictures as they are to be turned.
     own = name not in DATASETS
     class_names = [read_name(each, own) for each in dataset.class_names]
-    parts = []
-    for items in (dataset.train, dataset.val, dataset.test):
-        parts.append([item._replace(upright=own) for item in items])
-    # A class without images would shift what accuracy means.
-    for items in (parts[0], parts[2]):
+    # A class without images would shift what accuracy means. Some datasets are for testing alone.
+    for items in (dataset.train or dataset.test, dataset.test):
         absent = set(range(len(class_names))) - {item.label for item in items}
-        if len(class_names) < 2 or (items and absent):
-            names = ", ".join(class_names[label] for label in sorted(absent))
-            raise ValueError(f"{folder} needs an image of each class to learn on and one to test "
-                             f"on, of two classes at least, and has none of {names or 'a second'}")
+        if absent or len(class_names) < 2:
+            names = [class_names[label] for label in absent]
+            raise ValueError(f"{folder} needs two classes or more, and an image of each to learn "
+                             f"on and one to test on; it has {len(class_names)}, none of {names}")
 
-    # What a reader of the figures must know. Any of it: they do not compare with published ones.
+    # What a reader of the figures must know.
     notes = list(dataset.notes)
     if own:
-        notes += ["a dataset of one's own: its figures compare with nobody's", *left_out(dataset)]
+        for items in dataset[1:4]:
+            items[:] = [item._replace(upright=True) for item in items]
+        notes.append("a dataset of one's own: its figures compare with nobody's")
+        notes += notes_on_own(class_names, dataset.train + dataset.test)
     elif len(class_names) != DATASETS[name].classes:
         notes.append(f"{len(class_names)} classes found, the full dataset has "
                      f"{DATASETS[name].classes}: figures on it do not compare with published ones")
-    nameless = [each for each in class_names if re.fullmatch(r"n?[\d\W_]+", each)]
-    if own and nameless:
-        notes.append(f"{len(nameless)} class names, such as {nameless[0]!r}, are numbers, which "
-                     "tell CLIP nothing: name the folders by what they show")
-    for same in group_by(str.lower, class_names).values():
-        if len(same) > 1 and not name.startswith("imagenet"):       # ImageNet's pairs are known
-            notes.append(f"{len(same)} classes have one name for CLIP, {same[0]!r}: only the first "
-                         "of them can be right")
     notes = [f"{name}: {note}" for note in notes]
-    return Dataset(class_names, *parts, notes, name, folder)
+    return Dataset(class_names, *dataset[1:4], notes, name, str(folder))
+
+
+def notes_on_own(class_names, items):
+    """What may be wrong with a dataset of one's own: a list of str."""
+    notes = []
+    numbers = [name for name in class_names if re.fullmatch(r"n?[\d\W_]+", name)]
+    if numbers:
+        notes.append(f"class names that are numbers, such as {numbers[0]!r}, tell CLIP nothing: "
+                     "name the folders by what they show")
+    for name, n in collections.Counter(map(str.lower, class_names)).items():
+        if n > 1:
+            notes.append(f"{n} classes have one name for CLIP, {name!r}: only the first can be "
+                         "right")
+    # Files beside the images, by their ending.
+    endings = set()
+    for folder in {pathlib.Path(item.source).parent for item in items}:
+        endings |= {file.suffix.lower() for file in folder.glob("[!.]*.*")}
+    left = sorted(endings - set(EXTENSIONS))
+    if left:
+        notes.append(f"files that are no pictures to it were left out: {', '.join(left)}")
+    return notes
 
 
 def read_name(name, own=True):
@@ -240,239 +256,146 @@ def read_name(name, own=True):
     if own:
         # "1 001.Black_footed_Albatross" (CUB's list), "n01440764 tench" (ImageNet's), "01_TUMOR"
         name = re.sub(r"^(\d+\s+(?=\d+[._]))?(n\d{8}[\s._-]+|\d+[._]+\s*)(?=\d*[^\W\d_])", "", name)
-        return " ".join(name.replace("_", " ").split())
-    return name.replace("_", " ")
-
-
-def left_out(dataset):
-    """A note on files beside the images that are not read as such, by ending; or none: a list."""
-    endings = collections.Counter()
-    for folder in {os.path.dirname(item.source) for item in dataset.train + dataset.test}:
-        files = [file for file in pathlib.Path(folder).glob("[!.]*") if file.is_file()]
-        endings.update(file.suffix.lower() or "without ending" for file in files)
-    left = [f"{n} {ending}" for ending, n in endings.items() if ending not in EXTENSIONS]
-    return [f"files that are no pictures to it were left out: {', '.join(left)}"] if left else []
+    return " ".join(name.replace("_", " ").split())
 
 
 def own_name(folder):
-    """The folder's own name, safe as a folder's name, and never a known dataset's.
-
-    images, train and the like are named with the folder that they are in.
-    """
-    path = pathlib.Path(folder)
-    name = path.name
-    if re.fullmatch("images?|imgs|pictures|photos|train(ing)?|data(set)?", name.lower()):
-        name = f"{path.parent.name}-{name}"
-    name = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:100] or "own"
+    """The folder's own name, safe as a folder's name, and never a known dataset's."""
+    name = re.sub(r"[^\w.-]+", "-", folder.name).strip(".-") or "own"
     return f"own-{name}" if squashed(name) in NAMES else name
-
-
-def data_root(root=None):
-    return os.path.expanduser(root or os.environ.get("DATA") or "data")
-
-
-def missing(fact, path, folder):
-    """The error for a missing `path`: the fact, and where in `folder` a file of that name lies."""
-    name = os.path.basename(path)
-    for place, folders, files in os.walk(folder):
-        if name in files or name in folders:
-            found = os.path.join(place, name)
-            return FileNotFoundError(f"{fact}; one of that name lies at {found}")
-    return FileNotFoundError(fact)
 
 
 # -------------------------------------------------------------------------- readers: one per layout
 
-# Each returns a Dataset that has no name yet.
+# Each returns a Dataset that has no name yet. folder: a pathlib.Path, the dataset's.
 
 def read_json_split(row, folder):
     """A `split_zhou_*.json`; where it is missing and the field's recipe will do, an own split."""
-    images = images_folder(row, folder)
-    file = os.path.join(folder, row.split)
-    if os.path.isfile(file):
-        return read_split_file(file, [images], folder)
-    # Where the field has a recipe for the split and the file is nowhere, the recipe; else no guess.
-    error = missing(f"{file} is missing", file, folder)
-    if not row.own_split or "lies at" in str(error):
-        raise error
-    class_folders, parts = split_folders(images, row.leave_out)
+    images, file = folder / row.images[0], folder / row.split
+    if file.is_file() or not row.own_split:
+        return read_split_file(file, [images])
+    dataset = split_folders(images, row.leave_out)
     note = (f"{row.split} is missing, so an OWN SPLIT was made: figures on it do not compare with "
             f"published ones; the field's split file: {GUIDE}")
-    class_names = [row.rename.get(name, name) for name in class_folders]
-    return parts._replace(class_names=class_names, notes=[note])
-
-
-def read_split_file(file, places, folder):
-    """`{"train": [[path, label, class name], ...], "val": [...], "test": [...]}`.
-
-    Paths are relative to the first of `places` that has some of them. folder: the dataset's.
-    """
-    split = read_json_object(file)
-    names = names_of_split(split, file)
-
-    # Some were written on Windows. A few paths tell which of the places they are relative to.
-    rows = {part: [(path.replace("\\", "/"), label) for path, label, _ in split[part]]
-            for part in SPLIT}
-    images = places[-1]
-    for place in reversed(places):
-        found = [os.path.exists(os.path.join(place, path)) for path, _ in rows["train"][:20]]
-        if any(found):
-            images = place
-    parts, sources = [], []
-    for part in SPLIT:
-        items = [Item(os.path.join(images, path), label) for path, label in rows[part]]
-        parts.append(items)
-        sources += [item.source for item in items]
-    check_images(sources, file, folder)
-    return Dataset([names[label] for label in range(len(names))], *parts)
+    class_names = [row.rename.get(name, name) for name in dataset.class_names]
+    return dataset._replace(class_names=class_names, notes=[note])
 
 
 SPLIT = ("train", "val", "test")
 
 
-def names_of_split(split, file):
-    """dict label -> class name. ValueError where `split` has not the form of `read_split_file`."""
-    names = {}
+def read_split_file(file, places):
+    """`{"train": [[path, label, class name], ...], "val": [...], "test": [...]}`.
+
+    Paths are relative to the first of `places` that has the first training image.
+    """
+    split = read_json_object(file)
+    named, parts = set(), []
     try:
         for part in SPLIT:
+            items = []
             for path, label, class_name in split[part]:
-                if names.setdefault(label, class_name) != class_name or not path + class_name:
-                    raise ValueError(f"label {label} is called both {names[label]!r} and "
-                                     f"{class_name!r}")
-        if sorted(names) != list(range(len(names))) or not split["train"] or not split["test"]:
-            raise ValueError("train or test is empty, or labels do not run from 0 without a gap")
+                items.append(Item(str(path).replace("\\", "/"), label))     # Windows' as well
+                named.add((label, str(class_name)))
+            parts.append(items)
+        first = parts[0][0].source
+        labels, class_names = zip(*sorted(named))
+        if labels != tuple(range(len(labels))):
+            raise ValueError("labels must count from 0 without a gap, with one name each")
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{file} must have three lists, train, val and test, of [path, label, "
                          f"class name] ({error})") from None
-    return names
+
+    images = next((place for place in places if os.path.exists(place / first)), places[-1])
+    for items in parts:
+        items[:] = [item._replace(source=str(images / item.source)) for item in items]
+        check_images(items, file)
+    return Dataset(class_names, *parts)
 
 
 def split_folders(images, leave_out=()):
     """The field's recipe for folder-per-class sets: 50 % train, 20 % val, the rest test.
 
     Classes are sorted by folder, their sorted images shuffled with `random.Random(1)`: one split
-    for all seeds, as a split file is one. Returns the class folders' names and a Dataset.
+    for all seeds, as a split file is one. Returns a Dataset whose classes are the folders.
     """
     # One stream for all classes, in their order: the field's recipe, to the pick.
     rng = random.Random(1)
-    class_folders = [name for name in subfolders(images) if name not in leave_out]
-    if not class_folders:
-        raise FileNotFoundError(f"{images} has no class folders")
-    train, val, test = [], [], []
+    class_folders = sorted(set(subfolders(images)) - set(leave_out))
+    train = []
+    val = []
+    test = []
     for label, class_folder in enumerate(class_folders):
-        folder = os.path.join(images, class_folder)
-        items = [Item(path, label) for path in image_files(folder)]
-        if len(items) < 4:
-            raise ValueError(f"{folder}: {len(items)} images are too few to split into train, val "
-                             "and test (at least 4)")
-        # 50, 20 and 30 %, rounded.
+        items = [Item(path, label) for path in image_files(images / class_folder)]
         rng.shuffle(items)
+        # 50, 20 and 30 %, rounded.
         n_train = round(0.5 * len(items))
         n_val = round(0.2 * len(items))
         train += items[:n_train]
         val += items[n_train:n_train + n_val]
         test += items[n_train + n_val:]
-    return class_folders, Dataset(class_folders, train, val, test)
+    return Dataset(class_folders, train, val, test)
 
 
 def read_aircraft(row, folder):
     """variants.txt: class names, line order = label; images_variant_<part>.txt: `id variant`."""
-    images = images_folder(row, folder)
-    class_names = read_lines(os.path.join(folder, row.split), folder)
-    labels = {class_name: label for label, class_name in enumerate(class_names)}
+    class_names = read_lines(folder / row.split)
     parts = []
     for part in SPLIT:
-        file = os.path.join(folder, f"images_variant_{part}.txt")
+        file = folder / f"images_variant_{part}.txt"
         items = []
-        for line in read_lines(file, folder):
-            image_id, _, variant = line.partition(" ")
-            if variant not in labels:
-                raise ValueError(f"{file}: variant {variant!r} of image {image_id} is not in "
-                                 f"{row.split}")
-            items.append(Item(os.path.join(images, image_id + ".jpg"), labels[variant]))
-        check_images([item.source for item in items], file, folder)
+        for line in read_lines(file):
+            image_id, variant = line.split(maxsplit=1)
+            path = folder / row.images[0] / f"{image_id}.jpg"
+            items.append(Item(str(path), class_names.index(variant)))
+        check_images(items, file)
         parts.append(items)
     return Dataset(class_names, *parts)
 
 
 def read_imagenet(row, folder):
-    """images/{train,val}/<wnid>/; label = place among classnames.txt's sorted wnids; test = val."""
-    images = images_folder(row, folder)
-    names, notes = read_classnames(row, folder)
-    wnids = sorted(names)                   # the file's own order says nothing
-    train = read_class_folders(os.path.join(images, "train"), wnids, names, folder)
-    test = read_class_folders(os.path.join(images, "val"), wnids, names, folder)
-    return Dataset([names[wnid] for wnid in wnids], train, [], test, notes)
+    """ImageNet, a folder per wnid in images/{train,val}/ (test = val); and its variants.
 
-
-def read_variant(row, folder):
-    """The test-only ImageNet variants: a folder per wnid (all, or 200) or number (ImageNetV2)."""
-    images = images_folder(row, folder)
-    names, notes = read_classnames(row, folder)
-    if row.kind == "wnids":
-        class_folders = sorted(names)
-    elif row.kind == "numbered":                            # label = line of classnames.txt
-        names = {str(label): class_name for label, class_name in enumerate(names.values())}
+    The variants are for testing alone: a folder per wnid (all, or 200) or number (ImageNetV2).
+    """
+    places = [folder / name for name in row.images]
+    images = next(filter(os.path.isdir, places), places[0])
+    names, present = read_classnames(row, folder), subfolders(images)
+    class_folders = sorted(names.keys() & present)          # the file's own order says nothing
+    if "0" in present:                                      # label = line of classnames.txt
+        names = {str(line): name for line, name in enumerate(names.values())}
         class_folders = list(names)
-    else:                               # labels 0..199 among the wnids that are there
-        class_folders = [wnid for wnid in subfolders(images) if wnid in names]
-        if not class_folders:
-            raise FileNotFoundError(f"{images} has no class folders")
-    test = read_class_folders(images, class_folders, names, folder)
-    return Dataset([names[name] for name in class_folders], [], [], test, notes)
+    test, train = read_class_folders(images, class_folders), []
+    if row.folder == "imagenet":
+        train = read_class_folders(images.with_name("train"), class_folders)
+    return Dataset([names[each] for each in class_folders], train, [], test)
 
 
-READERS = {"json": read_json_split, "aircraft": read_aircraft, "imagenet": read_imagenet,
-           "wnids": read_variant, "some wnids": read_variant, "numbered": read_variant}
-
-# Names that only ImageNet's old list has; the field's is CLIP's (rooster, American robin, ...).
-OLD_NAMES = ("cock", "robin", "water ouzel", "european fire salamander", "common newt", "eft",
-             "bullfrog", "loggerhead", "common iguana", "american chameleon", "drake", "maillot")
+READERS = {"json": read_json_split, "aircraft": read_aircraft, "imagenet": read_imagenet}
 
 
 def read_classnames(row, folder):
-    """classnames.txt, `wnid name with spaces` a line: dict wnid -> name, in file order; and notes.
+    """classnames.txt, `wnid name with spaces` a line: dict wnid -> name, in file order.
 
     Two classes may share a name (missile, sunglasses): labels come from wnids, never from names.
     """
-    file = os.path.join(folder, row.split)
-    if not os.path.isfile(file):
-        shared = os.path.join(os.path.dirname(folder), "imagenet", row.split)
-        if os.path.isfile(shared):                          # the guide copies it from there
-            file = shared
-    names, notes = {}, []
-    for line in read_lines(file, folder):
-        wnid, _, class_name = line.partition(" ")
-        if not class_name.strip() or wnid in names:
-            raise ValueError(f"{file}: line {line!r} has no class name or repeats a wnid")
-        names[wnid] = class_name.strip()
-    old = [name for name in names.values() if name.split(",")[0].lower() in OLD_NAMES]
-    if old:
-        notes.append(f"{file} has ImageNet's old class names, such as {old[0]!r}, where CLIP's "
-                     "list has others: figures on it do not compare with published ones; CLIP's: "
-                     f"{GUIDE}")
-    return names, notes
+    files = [folder / row.split, folder.parent / "imagenet" / row.split]   # one is a copy
+    file = next(filter(os.path.isfile, files), files[0])
+    return dict(line.split(maxsplit=1) for line in read_lines(file))
 
 
-def read_class_folders(images, class_folders, names, folder):
+def read_class_folders(images, class_folders):
     """Items of one part, label = index in class_folders.
 
-    No class may be missing, nor a folder unknown: labels would shift. names: class folder -> class
-    name, of all that there are. folder: the dataset's.
+    No class may be missing, nor a folder unknown: labels would shift.
     """
-    # Every class has its folder, and every folder its class.
-    present = subfolders(images)
-    absent = [name for name in class_folders if name not in present]
-    if absent:
-        fact = (f"{images}: {len(absent)} of {len(class_folders)} class folders are missing, the "
-                f"first: {absent[0]} ({names[absent[0]]})")
-        raise missing(fact, absent[0], images)
-    unknown = [name for name in present if name not in names]
-    if unknown:
-        raise ValueError(f"{images}: {unknown[0]} is the folder of no known class")
+    wrong = sorted(set(class_folders) ^ set(subfolders(images)))
+    if wrong:
+        raise ValueError(f"{images}: {len(wrong)} class folders are missing or of no known class, "
+                         f"the first: {wrong[0]}")
     items = []
     for label, name in enumerate(class_folders):
-        items += [Item(path, label) for path in image_files(os.path.join(images, name))]
+        items += [Item(path, label) for path in image_files(images / name)]
     return items
 
 
@@ -485,46 +408,28 @@ PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test
 def read_own(folder):
     """A dataset of one's own, in any of the layouts of OWN_LAYOUT."""
     # The field's: a split file, and images in one of three places.
-    splits = sorted(str(file) for file in pathlib.Path(folder).glob("*split*.json"))
+    splits = sorted(folder.glob("*split*.json"))
     if len(splits) > 1:
-        raise ValueError(f"{folder} has {len(splits)} split files: leave one of "
-                         f"{', '.join(map(os.path.basename, splits))}")
+        raise ValueError(f"{len(splits)} split files, leave one: {', '.join(map(str, splits))}")
     if splits:
-        own = os.path.join(folder, os.path.basename(folder))
-        return read_split_file(splits[0], [os.path.join(folder, "images"), own, folder], folder)
+        return read_split_file(splits[0], [folder / "images", folder / folder.name, folder])
 
-    # train/ and test/, by any of their names.
-    inside = subfolders(folder)
-    parts = {PARTS[name.lower()]: os.path.join(folder, name) for name in inside
-             if name.lower() in PARTS}
-    if "train" in parts and subfolders(parts["train"]):
-        return read_own_parts(parts, folder)
+    # train/ and test/ (and val/), by any of their names, with the same folder per class each. (A
+    # class may be called train.)
+    parts = {PARTS.get(name.lower()): folder / name for name in subfolders(folder)}
+    if "train" in parts and ("test" in parts or subfolders(parts["train"])):
+        class_folders = subfolders(parts["train"])
+        items = {"train": [], "val": [], "test": []}
+        for part in items.keys() & parts.keys():
+            items[part] = read_class_folders(parts[part], class_folders)
+        if items["test"]:
+            return Dataset(class_folders, *items.values())
+        note = "it has no test/, so it is tested on its validation images"
+        return Dataset(class_folders, items["train"], [], items["val"], [note])
 
     # A folder per class.
-    if not inside or all(name.lower() in PARTS for name in inside):
-        raise FileNotFoundError(f"{folder} has no class folders"
-                                f"{' in train/' if parts else ''}")
-    if len(inside) == 1:
-        raise ValueError(f"{folder} has one folder alone, {inside[0]}: if the classes lie in it, "
-                         f"give --dataset {os.path.join(folder, inside[0])}")
-    _, dataset = split_folders(folder)
     note = "an own split was made: half of each class's images train, 20 % val, the rest test"
-    return dataset._replace(notes=[note])
-
-
-def read_own_parts(parts, folder):
-    """train/ and test/ (and val/), with the same folder per class each."""
-    notes = []
-    if "test" not in parts:
-        if "val" not in parts:
-            raise FileNotFoundError(f"{folder} has train/, but no test/")
-        parts["test"] = parts.pop("val")
-        notes.append("it has no test/, so it is tested on its validation images")
-    class_folders = subfolders(parts["train"])
-    names = dict(zip(class_folders, class_folders))
-    items = {part: read_class_folders(images, class_folders, names, folder)
-             for part, images in parts.items()}
-    return Dataset(class_folders, items["train"], items.get("val", []), items["test"], notes)
+    return split_folders(folder)._replace(notes=[note])
 
 
 # ---------------------------------------------------------------------------- files and folders
@@ -533,70 +438,44 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif",
               ".pgm", ".gif", ".avif", ".jp2", ".heic", ".heif")
 
 
-def images_folder(row, folder):
-    """The first of the row's images folders that is there (and has folders, where mirrors differ).
-
-    Where none is, the first: what is missing in it is found out, and told, by who reads it.
-    """
-    candidates = [os.path.join(folder, name) if name else folder for name in row.images]
-    for path in candidates:
-        if os.path.isdir(path) and (len(candidates) == 1 or subfolders(path)):
-            return path
-    return candidates[0]
-
-
 def subfolders(folder):
-    """Sorted names of the folders in `folder`, without hidden ones (.git, __MACOSX).
-
-    FileNotFoundError where there is no such folder.
-    """
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder} is missing")
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries
-                      if not entry.name.startswith((".", "__")) and entry.is_dir())
+    """Sorted names of the folders in `folder`, without hidden ones (.git, __MACOSX)."""
+    return sorted(path.name for path in folder.iterdir()
+                  if not path.name.startswith((".", "__")) and path.is_dir())
 
 
 def image_files(folder, deep=False):
     """Sorted paths of the images in a folder, without hidden ones (._x.jpg).
 
-    deep: those in its subfolders as well. FileNotFoundError where there are none.
+    deep: those in its subfolders as well. ValueError where there are none.
     """
-    found = sorted(path for path in pathlib.Path(folder).glob("**/[!.]*" if deep else "[!.]*")
+    found = sorted(str(path) for path in pathlib.Path(folder).glob("**/[!.]*" if deep else "[!.]*")
                    if path.suffix.lower() in EXTENSIONS)
     if not found:
-        raise FileNotFoundError(f"folder {folder} holds no images")
-    return [str(path) for path in found]
+        raise ValueError(f"folder {folder} holds no images")
+    return found
 
 
-def check_images(paths, file, folder):
-    """FileNotFoundError unless all `paths`, named by the split file `file`, are there.
-
-    One listing a folder: asking for each file is slow over a network. folder: the dataset's.
-    """
-    # folder -> the names in it; a path is there if its folder lists it.
-    listings, absent = {}, []
-    for path in paths:
-        place, name = os.path.split(path)
-        if place not in listings:
-            listings[place] = set(os.listdir(place)) if os.path.isdir(place) else set()
-        if name not in listings[place]:
-            absent.append(path)
+def check_images(items, file):
+    """FileNotFoundError unless all images of `items`, named by the split file `file`, are there."""
+    paths = [pathlib.Path(item.source) for item in items]
+    # One listing a folder: asking for each file is slow over a network.
+    there = set()
+    for folder in {path.parent for path in paths}:
+        there.update(folder.glob("*"))
+    absent = [path for path in paths if path not in there]
     if absent:
-        fact = (f"{file} names {len(paths)} images, {len(absent)} are missing, the first: "
-                f"{absent[0]}")
-        raise missing(fact, absent[0], folder)
+        fact = f"{file} names {len(paths)} images, {len(absent)} are missing, the first"
+        raise FileNotFoundError(errno.ENOENT, fact, absent[0])
 
 
-def read_lines(file, folder):
-    """The lines of a text file, without blank ones. folder: the dataset's."""
-    if not os.path.isfile(file):
-        raise missing(f"{file} is missing", file, folder)
+def read_lines(file):
+    """The lines of a text file, without blank ones. ValueError for none."""
     try:
         text = pathlib.Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason})") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
     if not lines:
         raise ValueError(f"{file} is empty")
     return lines
@@ -606,34 +485,27 @@ def read_json_object(file):
     """A JSON object as a dict. ValueError for anything else."""
     try:
         with open(file, encoding="utf-8-sig") as f:
-            value = json.load(f)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a million brackets
-        raise ValueError(f"{file} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}, not a JSON object")
-    return value
+            return {**json.load(f)}
+    except (ValueError, TypeError, RecursionError) as error:    # not JSON, not UTF-8, no object
+        raise ValueError(f"{file} is no JSON object ({error})") from None
 
 
 # ------------------------------------------------------------------------- few-shot, base and novel
 
-def few_shot(train, val, shots=16, seed=1):
-    """CoOp's own picks for this seed: `shots` train and min(shots, 4) val items of every class.
+def few_shot(items, shots=16, seed=1):
+    """CoOp's own picks for this seed: `shots` training items of every class, or all it has.
 
-    Do it over all classes, before base and novel are cut apart: both draw from one stream, in the
-    order in which labels first appear. A class with fewer images gives all it has. Returns (train
-    items, val items).
+    Do it over all classes, before base and novel are cut apart: they draw from one stream, in the
+    order in which labels first appear.
     """
-    if shots < 1:
-        raise ValueError(f"shots must be at least 1, not {shots}")
-    # Train first, then val, from one stream; labels in the order of their first appearance.
+    # CoOp's generate_fewshot_dataset: one sample a class, in the order of their first images.
     rng = random.Random(seed)                               # the stream of random.seed(seed)
-    picked_train, picked_val = [], []
-    for items, n, picked in ((train, shots, picked_train), (val, min(shots, 4), picked_val)):
-        for same_label in group_by(lambda item: item.label, items).values():
-            if len(same_label) >= n:
-                same_label = rng.sample(same_label, n)
-            picked += same_label
-    return picked_train, picked_val
+    picked = []
+    for same_label in group_by(lambda item: item.label, items).values():
+        if len(same_label) >= shots:
+            same_label = rng.sample(same_label, shots)
+        picked += same_label
+    return picked
 
 
 def split_base_novel(class_names):
@@ -656,54 +528,44 @@ class Task(NamedTuple):
     test_base: list                # of Item
     test_novel: list               # of Item
     notes: list                    # of str: what a reader of the figures must know
-    comparable: bool               # may its figures stand beside published ones?
 
 
 def few_shot_task(dataset, classes="base", shots=16, seed=1):
     """The `Task` of CoOp's picks of this seed, cut into base and novel classes.
 
     classes: "base", to learn on the first half; or "all", where none are novel. Raises ValueError
-    for shots < 1, and where one side would have one class alone.
+    where one side would have one class alone.
     """
     # Which classes are learnt on, and which are novel?
     names = dataset.class_names
-    base, novel = list(range(len(names))), []
-    if classes == "base":
-        base, novel = split_base_novel(names)
-        if len(novel) < 2:
-            raise ValueError(f"{dataset.name} has {len(names)} classes, and one side of base and "
-                             "novel would have one alone, which is no choice: --classes all")
+    base, novel = split_base_novel(names)
+    if classes == "all":
+        base, novel = base + novel, []
+    elif len(novel) < 2:
+        raise ValueError(f"{dataset.name} has {len(names)} classes, and one side of base and novel "
+                         "would have one alone, which is no choice: --classes all")
     # The picks are drawn over all classes, as CoOp draws them; then the base classes' are kept.
-    picked, _ = few_shot(dataset.train, dataset.val, shots, seed)
-    train = take(picked, base)
+    train = take(few_shot(dataset.train, shots, seed), base)
     notes = list(dataset.notes)
     counts = collections.Counter(item.label for item in train)
-    scarce = [label for label in range(len(base)) if counts[label] < shots]
-    if train and scarce:
-        notes.append(f"{len(scarce)} of {len(base)} classes have fewer than {shots} training "
-                     "images")
-    base_names = [names[label] for label in base]
-    novel_names = [names[label] for label in novel]
-    return Task(base_names, novel_names, train, take(dataset.test, base), take(dataset.test, novel),
-                notes, comparable=not dataset.notes)
+    scarce = sum(n < shots for n in counts.values())
+    if scarce:
+        notes.append(f"{scarce} of {len(base)} classes have fewer than {shots} training images")
+    return Task(names[:len(base)], names[len(base):], train, take(dataset.test, base),
+                take(dataset.test, novel), notes)
 
 
 def digests(dataset, task):
     """What a result depends on, in short: a digest each of class names, training and test images.
 
-    An image counts by its path below the dataset's folder and its label.
+    An image counts by its path below the dataset's folder, which may be moved, and its label.
     """
-    # Paths below the folder: a dataset may be moved as a whole.
-    images = []
-    for items in (task.train, task.test_base, task.test_novel):
-        rows = []
-        for item in items:
-            path = os.path.relpath(item.source, dataset.folder)
-            rows.append((pathlib.Path(path).as_posix(), item.label))
-        images.append(digest(rows))
+    def of(items):
+        return digest([(os.path.relpath(item.source, dataset.folder), item.label)
+                       for item in items])
     return {"class names": digest([task.base_names, task.novel_names]),
-            "training images": images[0],
-            "test images": digest(images[1:])}
+            "training images": of(task.train),
+            "test images": digest([of(task.test_base), of(task.test_novel)])}
 
 
 def digest(value):
@@ -749,36 +611,27 @@ def load_descriptions(path, class_names, max_descriptions=10):
     A class's key is the one with the same words, whatever their case, order and the signs between
     them, or the one of CUPL_NAMES. The first `max_descriptions` sentences in file order are taken,
     fewer where a class has fewer; those without a letter or digit do not count. Keys of no class
-    are ignored. Returns a list (C) of lists of str. Raises ValueError naming the file and all
+    are ignored. Returns a list (C) of lists of str. Raises ValueError naming the file and the
     classes that it has nothing for.
     """
+    # Files differ in case, order and signs: "apse (indoor)", "indoor apse".
     found = read_json_object(path)
     keys = group_by(words, found)
-    keys.pop((), None)                          # "//" is no class's
     # All classes are gone through before anything is raised: one run names all that is wrong.
-    chosen, wrong = {}, []
-    for name in dict.fromkeys(class_names):
-        own = keys.get(words(name)) or keys.get(words(CUPL_NAMES.get(name, "-"))) or []
-        sentences = found[own[0]] if own else None
-        if not own:
-            near = difflib.get_close_matches(name, found, 2)
-            wrong.append(f"{name} has no key" + (f" (closest: {', '.join(near)})" if near else ""))
-        elif len(own) > 1:
-            wrong.append(f"{' and '.join(map(repr, own))} are one name")
-        elif not isinstance(sentences, list) or not any(map(is_sentence, sentences)):
-            wrong.append(f"{own[0]} has no list of sentences")
-        else:
-            read = [" ".join(each.split()) for each in sentences if is_sentence(each)]
-            chosen[name] = read[:max_descriptions]
+    chosen, wrong = [], []
+    for name in class_names:
+        own = keys.get(words(name)) or keys.get(words(CUPL_NAMES.get(name, name)), [])
+        sentences = []
+        if len(own) == 1 and isinstance(found[own[0]], list):
+            given = [each for each in found[own[0]] if isinstance(each, str) and words(each)]
+            sentences = [" ".join(each.split()) for each in given]
+        if not sentences:
+            wrong.append(f"{name} (keys: {own or difflib.get_close_matches(name, found, 2)})")
+        chosen.append(sentences[:max_descriptions])
     if wrong:
-        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise ValueError(f"{path}: {len(wrong)} of {len(set(class_names))} classes have no "
-                         f"description: {'; '.join(wrong[:10])}{more}")
-    return [chosen[name] for name in class_names]
-
-
-def is_sentence(value):
-    return isinstance(value, str) and any(map(str.isalnum, value))
+        raise ValueError(f"{path}: {len(wrong)} of {len(chosen)} classes have no key, or not one "
+                         f"alone, with a list of sentences: {'; '.join(wrong)}")
+    return chosen
 
 
 def words(text):
@@ -815,23 +668,22 @@ def normalize(crops, preprocess, device=None):
 
     device: where they go first, still uint8, a quarter of the memory (default: they stay).
     """
-    if device is not None:
-        crops = crops.to(device, non_blocking=True)
+    crops = crops.to(device, non_blocking=True)
     mean, std = _mean_and_std(tuple(preprocess["mean"]), tuple(preprocess["std"]), crops.device)
     return (crops.float() / 255 - mean) / std
 
 
-@functools.lru_cache(maxsize=8)                 # so that no training step waits for the GPU
+@functools.cache                                # so that no training step waits for the GPU
 def _mean_and_std(mean, std, device):
-    """(3, 1, 1) each. (torchvision's normalize reads a value back from the GPU.)"""
-    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std)]
+    """(2, 3, 1, 1). (torchvision's normalize reads a value back from the GPU.)"""
+    return torch.tensor([mean, std], device=device).view(2, 3, 1, 1)
 
 
 class BadImage(ValueError):
     """An image that cannot be read. One line, also where a worker wraps it in its traceback."""
 
     def __init__(self, message):
-        super().__init__(message.strip().splitlines()[-1].split("BadImage: ")[-1])
+        super().__init__(message.rpartition("BadImage: ")[2].strip())
 
 
 Image.init()
@@ -855,16 +707,14 @@ def load_image(path, upright=False):
             if upright:
                 image = ImageOps.exif_transpose(image)
             return image.convert("RGB")
-    except MemoryError:
-        raise
     except Exception as error:                  # decoders have many words for a broken file
-        raise BadImage(f"image {path} cannot be read ({' '.join(str(error).split())})") from None
+        raise BadImage(f"image {path} cannot be read ({error!r})") from None
 
 
 def check_pictures(items):
     """Opens every image file. Raises BadImage that names all those that cannot be read."""
     bad = []
-    for item in tqdm(items, desc="opening pictures", unit="image", leave=False, disable=None):
+    for item in tqdm(items, "opening pictures", disable=None):
         try:
             load_image(item.source, item.upright)
         except BadImage as error:
@@ -876,11 +726,11 @@ def check_pictures(items):
 class Images(torch.utils.data.Dataset):
     """images[epoch, i] -> (crop (3, H, W) uint8, label) of item i.
 
-    seed: an int; the augmentation then depends on (seed, epoch, i) alone, not on workers or
-    order, and the global generator stays as it was. None: for a transform without chance.
+    The augmentation depends on (seed, epoch, i) alone, not on workers or order, and the global
+    generator stays as it was.
     """
 
-    def __init__(self, items, transform, seed=None):
+    def __init__(self, items, transform, seed=0):
         self.items = items
         self.transform = transform
         self.seed = seed
@@ -892,8 +742,6 @@ class Images(torch.utils.data.Dataset):
         epoch, i = epoch_and_i
         item = self.items[i]
         image = load_image(item.source, item.upright)
-        if self.seed is None:
-            return self.transform(image), item.label
         # One number from three, well mixed: seeds, epochs and items side by side are not alike.
         mixed = int(np.random.SeedSequence((self.seed, epoch, i)).generate_state(1)[0])
         # torchvision's transforms draw from the global generator; torch.manual_seed would reseed
@@ -913,6 +761,7 @@ def loader(images, epochs=(0,), batch_size=ENCODE_BATCH, workers=0):
     they read on into the next epoch while the steps of this one run. To go through once. No batch
     spans two epochs. Going through it raises BadImage.
     """
+    # [(epoch, i), ...] of each batch: an image's chance comes from these two numbers alone.
     # A generator: DataLoader draws from it as its workers become free.
     n = len(images)
     batches = ([(epoch, i) for i in range(start, min(start + batch_size, n))]
@@ -934,77 +783,63 @@ def epoch_features(images, epochs, encode, kept=None, keep_crops=False, workers=
     (MaPLe). Raises BadImage.
     """
     # Which epochs' images must be opened? One loader for them all, from which each takes its own.
-    to_load = [epoch for epoch in epochs if keep_crops or kept is None or not kept.has(epoch)]
+    to_load = list(epochs)
+    if kept and not keep_crops:
+        to_load = [epoch for epoch in epochs if kept.read(epoch) is None]
     n_batches = math.ceil(len(images) / ENCODE_BATCH)
     if to_load:
         batches = iter(loader(images, to_load, workers=workers))
     for epoch in epochs:
-        f = kept.read(epoch) if kept is not None else None
-        own = ()                                            # the batches of this epoch
-        if epoch in to_load:
-            own = itertools.islice(batches, n_batches)
-        elif f is None:                                     # what was kept turns out damaged
-            own = loader(images, [epoch], workers=workers)
-        nothing = True if own == () else None               # None: only where there is a terminal
-        bar = tqdm(own, total=n_batches, desc="images", leave=False, disable=nothing)
-
-        # The frozen tower, in large batches; its crops are kept only where the method prompts it.
+        f = kept.read(epoch) if kept else None
         crops, new = [], []
-        for crop, _ in bar:
-            if keep_crops:
-                crops.append(crop)
-            if f is None and encode is not None:
-                with torch.no_grad():
-                    new.append(encode(crop))                # (B, d)
+        if epoch in to_load:
+            own = itertools.islice(batches, n_batches)      # the batches of this epoch
+            for crop, _ in tqdm(own, "images", n_batches, leave=False, disable=None):
+                if keep_crops:
+                    crops.append(crop)
+                # The frozen tower, in large batches.
+                if f is None and encode is not None:
+                    with torch.no_grad():
+                        new.append(encode(crop).float())    # (B, d)
         if new:
             f = torch.cat(new)
-            if kept is not None:
+            if kept:
                 kept.write(epoch, f)
-        f = f if f is None else f.float()
         yield f, torch.cat(crops) if crops else None
 
 
 class KeptFeatures:
     """Image features in a folder, for the next run with the same CLIP, images and seed.
 
-    A file an epoch, about 1 kB an image in float16 and 2 kB in float32. Its name is a digest of
-    all that the features depend on: of `what` (CLIP, precision), the transform and the versions of
-    the libraries that carry it out, the seed, the epoch, and path, size and time of every image. A
-    file that is damaged is computed anew.
+    A file an epoch, 2 kB an image of 512 features. Its name is a digest of all that they depend on:
+    `what` (CLIP, precision), the transform and the versions of the libraries that carry it out, the
+    seed, the epoch, and path, size and time of every image. One that is damaged is made anew.
     """
 
     def __init__(self, folder, what, images):
         self.folder = pathlib.Path(folder)
-        self.n = len(images)
         # A picture that was changed in place has another size or time.
         rows = []
         for item in images.items:
             stat = os.stat(item.source)
-            rows.append([str(item.source), item.upright, stat.st_size, stat.st_mtime_ns])
-        versions = [PIL.__version__, torchvision.__version__]       # two Pillows, two crops
-        self.what = digest([what, repr(images.transform), versions, images.seed, rows])
+            rows.append([item.source, item.upright, stat.st_size, stat.st_mtime_ns])
+        # Two Pillows, two crops.
+        self.what = digest([what, PIL.__version__, torchvision.__version__,
+                            repr(images.transform), images.seed, rows])
 
     def path(self, epoch):
         return self.folder / f"{digest([self.what, epoch])}.npz"
 
-    def has(self, epoch):
-        """Is there a file for this epoch? (`read` says whether it is sound.)"""
-        return self.path(epoch).is_file()
-
     def read(self, epoch):
         """(n, d) float32, or None where there is no sound file."""
         try:
-            # A zip: it checks its checksums.
-            with np.load(self.path(epoch), allow_pickle=False) as file:
-                features = torch.from_numpy(file["features"])
+            with np.load(self.path(epoch)) as file:         # a zip: it checks its checksums
+                return torch.from_numpy(file["features"])
         except Exception:                       # numpy has many words for a flipped bit
             return None
-        return features.float() if len(features) == self.n else None
 
     def write(self, epoch, features):
         """Keeps f (n, d) of this epoch."""
-        if features.dtype == torch.bfloat16:                                # numpy has none
-            features = features.float()
         with written_aside(self.path(epoch)) as aside, open(aside, "wb") as file:
             np.savez(file, features=features.cpu().numpy())
 
@@ -1023,21 +858,19 @@ def written_aside(path):
     if path.exists() and not path.is_file():
         yield path
         return
-    path = pathlib.Path(os.path.realpath(path))
-    aside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.part{path.suffix}")
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.part{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())                         # else a power cut leaves it empty
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = " ".join(str(error).split())
-        raise OSError(f"could not write {path} ({reason}); what was finished before is kept: make "
+        raise OSError(f"could not write {path} ({error}); what was finished before is kept: make "
                       "room or choose another place, then run the same command again") from error
     finally:
-        with contextlib.suppress(OSError):                  # there may be no such folder
-            aside.unlink()
+        aside.unlink(missing_ok=True)
 
 
 def save_json(path, value):
@@ -1054,16 +887,12 @@ def save_csv(path, rows):
         writer.writerows(rows)
 
 
-class Changed(ValueError):
-    """A file was made with other settings or data than there are now."""
-
-
 def check_unchanged(path, saved, now, advice):
-    """Raises Changed where settings or digests `now` are not those a file was made with."""
+    """Raises ValueError where settings or digests `now` are not those a file was made with."""
     changed = [name for name, value in now.items() if saved.get(name) != value]
     if changed:
-        raise Changed(f"{path} was made with other {' and '.join(changed)} than there are now; "
-                      f"{advice}")
+        raise ValueError(f"{path} was made with other {' and '.join(changed)} than there are now; "
+                         f"{advice}")
 
 
 def folder_name(kind, changed):
@@ -1072,19 +901,11 @@ def folder_name(kind, changed):
     No two settings share a name: values are %-escaped as in a URL, and what would be too long for a
     file system ends in a digest of the whole.
     """
-    parts = [kind]
+    # Where nothing is off its default, this is all of it.
+    name = kind
     for key, value in sorted(changed.items()):
-        values = value if isinstance(value, list) else [value]
-        text = "+".join(urllib.parse.quote(str(each), safe="") for each in values)
-        parts.append(f"{key}={text}")
-    name = ",".join(parts)
+        name += f",{key}={urllib.parse.quote(str(value), safe='')}"
     return name if len(name) <= 200 else f"{name[:180]},{digest(name)}"
-
-
-def run_folder(run, kind, changed):
-    """output/<dataset>/<kind>[,changed settings]/seed<k> of a `stage1.Run`."""
-    name = folder_name(kind, changed)
-    return pathlib.Path(run.args.output, run.settings["dataset"], name, f"seed{run.seed}")
 
 
 @contextlib.contextmanager
@@ -1092,30 +913,25 @@ def only_process(folder, wait, what):
     """Holds a folder for this process alone, as long as the process lives.
 
     wait: another process that holds it is waited for; else BlockingIOError says that it is at work.
-    Raises OSError where the folder cannot be written to: before anything is learnt.
+    Raises the operating system's OSError where the folder cannot be written to: before anything is
+    learnt.
     """
     # The operating system holds the lock: it goes with the process, however that ends.
+    folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            print(f"{what}: another process is at work on it in {folder}", flush=True)
-            lock.acquire(timeout=-1 if wait else 0)
+        held = lock.acquire(blocking=False)
     except filelock.Timeout:
-        raise BlockingIOError(f"wait for the process that is at work on {what} in {folder}, or "
-                              "choose another --output") from None
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot write to {folder} ({reason}); choose another --output") from error
-    try:
+        at_work = f"{what}: another process is at work on it in {folder}"
+        if not wait:
+            raise BlockingIOError(f"{at_work}; wait for it, or choose another --output") from None
+        print(at_work, flush=True)
+        held = lock.acquire()
+    with held:
         # What processes have left that were killed while they wrote.
         for litter in folder.glob(".*.part*"):
             litter.unlink(missing_ok=True)
         yield
-    finally:
-        lock.release()
 
 
 # ---------------------------------------------------------------------- command line: what is there
@@ -1125,13 +941,11 @@ def inventory(root):
     for name in DATASETS:
         try:
             dataset = load_dataset(name, root)
-            base, novel = split_base_novel(dataset.class_names)
-            line = (f"found  {len(base):4} base, {len(novel):4} novel classes  "
-                    f"{len(dataset.train):7} train, {len(dataset.test):6} test images  "
-                    f"{'; '.join(dataset.notes)}")
-        except (ValueError, OSError) as error:
-            line = f"-      {error}"
-        print(f"{name:16}{' '.join(line.splitlines())}", flush=True)
+            line = (f"{len(dataset.class_names):4} classes {len(dataset.train):7} train "
+                    f"{len(dataset.test):6} test images  {'; '.join(dataset.notes)}")
+        except ValueError as error:
+            line = f"   - {error}"
+        print(f"{name:16}{line}")
 
 
 # --------------------------------------------------------------------------- command line: describe
@@ -1156,58 +970,38 @@ def describe(args):
 
     args: dataset, root, model, base_url, output, per_class. The file is written after each class,
     so a run that was stopped goes on. The key comes from the environment's OPENAI_API_KEY and is
-    never written or printed. Raises ValueError and OSError.
+    never written or printed. Raises ValueError, OSError and ImportError.
     """
-    try:
-        import openai
-    except ImportError:
-        raise ValueError("describe needs the openai client: pip install openai") from None
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key and not args.base_url:
-        raise ValueError("set OPENAI_API_KEY, or give --base-url of a server that needs no key")
-    client = openai.OpenAI(api_key=key or "none", base_url=args.base_url, timeout=120)
+    import openai                   # pip install openai
 
-    # Which classes does the file lack?
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"        # own servers need none
+    client = openai.OpenAI(api_key=key, base_url=args.base_url)
+
     dataset = load_dataset(args.dataset, args.root)
     output = args.output or f"descriptions-{dataset.name}.json"
     found = read_json_object(output) if os.path.isfile(output) else {}
-    found = {name: sentences for name, sentences in found.items() if sentences}
-    done = set(map(words, found))
-    every = list(dict.fromkeys(dataset.class_names))
-    wanted = [name for name in every if words(name) not in done]
-    for name in tqdm(wanted, desc=f"describing {dataset.name}", unit="class"):
+    for name in tqdm(dataset.class_names, output, unit="class"):
+        if words(name) in map(words, filter(found.get, found)):     # an empty list is filled
+            continue
         # The paper's question, and a word on the answer's form that names what it must differ from.
-        form = FORM.format(n=args.per_class, neighbours=", ".join(neighbours(name, every)))
-        sentences = []
-        for _ in range(3):                                  # a model may give fewer than asked for
-            try:
-                answer = client.chat.completions.create(model=args.model, messages=[
-                    {"role": "system", "content": form},
-                    {"role": "user", "content": QUERY.format(name)}])
-                sentences += read_answer(answer.choices[0].message.content)
-            except Exception as error:                      # servers answer in many strange ways
-                reason = " ".join(str(error).split()).replace(key or "\n", "***")
-                raise ValueError(f"{name}: no answer of {args.base_url or 'OpenAI'} can be read "
-                                 f"({reason[:200]}); the same command goes on from here, {output} "
-                                 "keeps what is done") from None
-            sentences = list(dict.fromkeys(sentences))[:args.per_class]
-            if len(sentences) == args.per_class:
-                break
-        if not sentences:
-            raise ValueError(f"{name}: {args.model} gave no sentence in three answers; try another "
-                             "--model, and see that --base-url is the API's (mostly .../v1)")
-        found[name] = sentences
+        others = set(dataset.class_names) - {name}
+        neighbours = ", ".join(difflib.get_close_matches(name, others, 6, 0))
+        form = FORM.format(n=args.per_class, neighbours=neighbours)
+        try:
+            answer = client.chat.completions.create(model=args.model, messages=[
+                {"role": "system", "content": form},
+                {"role": "user", "content": QUERY.format(name)}])
+            sentences = read_answer(answer.choices[0].message.content)
+            if not sentences:
+                raise ValueError("no sentence in its answer")
+        except Exception as error:                          # servers answer in many strange ways
+            reason = str(error).replace(key, "***")[:200]
+            raise ValueError(f"{name}: nothing from {args.model} at {client.base_url} "
+                             f"({reason}); the key is read from OPENAI_API_KEY; the same command "
+                             f"goes on from here, {output} keeps what is done") from None
+        found[name] = sentences[:args.per_class]
         save_json(output, found)
-    print(f"{output}: {len(found)} classes, {len(wanted)} of them new")
-
-
-def neighbours(class_name, class_names, n=6):
-    """Up to n other classes it may be taken for: those that share words, then those beside it."""
-    own, at = set(words(class_name)), class_names.index(class_name)
-    others = [name for name in class_names if name != class_name]
-    by_distance = sorted(others, key=lambda name: abs(class_names.index(name) - at))
-    by_distance.sort(key=lambda name: -len(own & set(words(name))))     # a stable sort
-    return by_distance[:n]
+    print(f"saved {output}")
 
 
 def read_answer(text):
@@ -1216,49 +1010,41 @@ def read_answer(text):
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     sentences = []
     for line in text.splitlines():
-        line = re.sub(r"^\s*(?:[-*\u2022]|\d+[.)])\s+", "", line)
-        line = line.strip().strip('"*').strip()
+        line = re.sub(r"^\s*([-*\u2022]|\d+[.)])\s+", "", line).strip(' \t"*')
         if len(line.split()) > 2 and not line.endswith(":"):
             sentences.append(line)
     return sentences
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="What is under the data root; or make a description file.")
-    root = {"metavar": "DIR", "help": "folder that holds the datasets (default: the environment's "
-                                      "DATA, else ./data)"}
-    parser.add_argument("--root", **root)
-    command = parser.add_subparsers(dest="command").add_parser(
-        "describe", help="make a description file",
-        description="Make a description file with an OpenAI-compatible server; its key comes from "
-                    "the environment's OPENAI_API_KEY.")
-    command.add_argument("--dataset", required=True, metavar="NAME",
-                         help="whose classes to describe; or the folder of a dataset of your own")
-    command.add_argument("--root", **root | {"default": argparse.SUPPRESS})
-    command.add_argument("--model", required=True, help="the server's name of the model")
-    command.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL"),
-                         help="e.g. http://localhost:8000/v1 (default: the environment's "
-                              "OPENAI_BASE_URL, else OpenAI)")
-    command.add_argument("--output", metavar="FILE",
-                         help="file to write, or to complete: classes that it has are kept "
-                              "(default: descriptions-NAME.json)")
-    command.add_argument("--per-class", type=int, default=10, metavar="D",
-                         help="sentences for each class that the file has not yet (default: 10)")
+    parser = argparse.ArgumentParser(description="What is under the data root; or make a "
+                                                 "description file.")
+    parser.add_argument("command", nargs="?", choices=["describe"],
+                        help="make a description file with an OpenAI-compatible server, whose key "
+                             "is in the environment's OPENAI_API_KEY")
+    parser.add_argument("--root", metavar="DIR", help="folder that holds the datasets (default: "
+                                                      "the environment's DATA, else ./data)")
+    parser.add_argument("--dataset", default="toy", metavar="NAME",
+                        help="whose classes to describe; or the folder of a dataset of your own")
+    parser.add_argument("--model", help="the server's name of the model")
+    parser.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL"),
+                        help="e.g. http://localhost:8000/v1 (default: the environment's "
+                             "OPENAI_BASE_URL, else OpenAI)")
+    parser.add_argument("--output", help="file to write, or to complete: classes that it has "
+                                           "are kept (default: descriptions-NAME.json)")
+    parser.add_argument("--per-class", type=int, default=10,
+                        help="sentences for each class that the file has not yet (default: 10)")
     args = parser.parse_args(argv)
     try:
-        if args.command == "describe":
+        if args.command:
             describe(args)
         else:
             inventory(args.root)
-        return 0
     except KeyboardInterrupt:
-        print("data.py: stopped; what is finished is kept", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        parser.exit(130, "data.py: stopped; what is finished is kept\n")
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"data.py: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,33 +18,29 @@ import stage1                       # first of the modules that need clip: it sa
 import argparse
 import csv
 import functools
-import hashlib
-import io
+import itertools
 import json
 import os
 import pathlib
 import shlex
 import statistics
 import sys
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import data
 import losses
-from anchor import anchor_features, read_as_data
+from anchor import anchor_features
 from position import plot_position_matrix
-from prompts import BASELINES, build_learner, clip_identity, preprocess_of, unit
-from stage1 import ELEVEN, VARIANTS, default_settings, plain_value, printable, say
+from prompts import build_learner, clip_identity, preprocess_of, read_as_data, sha256, unit
+from stage1 import ELEVEN, VARIANTS, default_settings, plain_value, say
 
 
 # ---------------------------------------------------------------------------- the inference rule
 
 def accuracy(logits, labels):
-    """Top-1 accuracy in percent. logits (n, C), labels (n,). Raises ValueError for no images."""
-    if len(labels) == 0:
-        raise ValueError("accuracy of no images")
+    """Top-1 accuracy in percent. logits (n, C), labels (n,)."""
     return 100.0 * int((logits.argmax(-1) == labels).sum()) / len(labels)
 
 
@@ -77,25 +73,24 @@ def evaluate(learner, batches, f_anc=None, known=True):
     """Accuracy of the four readings: dict reading -> percent.
 
     batches: of f (B, d), x (B, 3, R, R) or None, y (B,); see `infer` for these and the rest.
-    Raises ValueError for no images, and for logits that are not finite.
+    Raises ValueError for logits that are not finite.
     """
     training = learner.training
     learner.eval()                          # so W is the arg-max (unless test_position is sample)
-    logits, labels = {}, []
+    parts = {}                              # reading -> logits (B, C) of each batch
+    labels = []
     for f, x, y in batches:
-        for reading, of_batch in infer(learner, f, x, f_anc, known).items():
-            logits.setdefault(reading, []).append(of_batch)
+        for reading, logits in infer(learner, f, x, f_anc, known).items():
+            parts.setdefault(reading, []).append(logits)
         labels.append(y)
     learner.train(training)
-    if not labels:
-        raise ValueError("accuracy of no images")
+
     # Accuracy over all images at once: a mean of batches would weigh the last one too much.
-    labels = torch.cat(labels)
     scores = {}
-    for reading, parts in logits.items():
-        of_all = torch.cat(parts)                                   # (n, C)
-        check_finite(of_all, learner.class_names)
-        scores[reading] = accuracy(of_all, labels)
+    for reading, of_batches in parts.items():
+        logits = torch.cat(of_batches)                              # (n, C)
+        check_finite(logits, learner.class_names)
+        scores[reading] = accuracy(logits, torch.cat(labels))
     return scores
 
 
@@ -103,61 +98,62 @@ def check_finite(logits, class_names):
     """Raises ValueError for logits (n, C) that are not finite: arg-max takes NaN for an answer."""
     bad = ~logits.isfinite()
     if bad.any():
-        of = [name for name, wrong in zip(class_names, bad.any(0).tolist()) if wrong]
-        raise ValueError(f"the logits of {int(bad.any(1).sum())} of {len(logits)} images and "
-                         f"{len(of)} of {len(class_names)} classes, such as {of[0]!r}, are not "
-                         "finite: this CLIP's weights are not sound, or overflow (try --dtype "
-                         "float32)")
+        first = class_names[bad.any(0).int().argmax()]
+        raise ValueError(f"the logits of {int(bad.any(1).sum())} of {len(logits)} images are not "
+                         f"finite, the first of class {first!r}: try --dtype float32")
 
 
-def anchor_prompts(learner, settings, class_chunk=0):
+def anchor_prompts(learner, settings):
     """f_T(t_anc) of the classes that a learner is bound to: unit (C, d); None without an anchor."""
     if settings["template"] != "anchoropt":
         return None
     return anchor_features(learner.clip_model, learner.class_names, learner.template.anchor_tokens,
-                           settings["preposition"], class_chunk)
+                           settings["preposition"])
 
 
 def evaluate_items(run, learner, items, known):
     """`evaluate` on image files. run: a `stage1.Run`; items: of `data.Item`, labels as learnt."""
-    f_anc = anchor_prompts(learner, run.settings, run.args.class_chunk)
+    # Whatever the anchor was learnt on: its tokens stand before any class name, Eq. 4.
+    f_anc = anchor_prompts(learner, run.settings)
     return evaluate(learner, test_batches(run, learner, items, f_anc), f_anc, known)
 
 
 def test_batches(run, learner, items, f_anc):
-    """The test images in batches of f, x, y. Frozen features are computed once per process."""
-    clip_model, device = learner.clip_model, learner.clip_model.logit_scale.device
-    labels = torch.tensor([item.label for item in items], device=device)
-    # All at a time, unless answer or memory depends on it.
-    batch_size, matrix = len(items), learner.template.position_matrix
+    """The test images in batches of f, x, y, see `evaluate`."""
+    clip_model = learner.clip_model
+    args = run.args
+    # All at once; in batches where memory asks for it, or where a W that is sampled is drawn anew
+    # for each.
+    batch_size = len(items)
     if learner.needs_images:
-        batch_size = run.args.test_batch or 200
-    elif learner.prompts_per_image or (matrix is not None and matrix.test_position == "sample"):
-        batch_size = run.args.test_batch or 100
+        batch_size = 200
+    elif learner.prompts_per_image or run.settings.get("test_position") == "sample":
+        batch_size = 100
 
     # f of the frozen tower, for all methods that read it; crops for MaPLe, which prompts the tower.
-    preprocess = preprocess_of(clip_model)
-    f = crops = None
+    device = clip_model.logit_scale.device
+    f = x = itertools.repeat(None)
     if f_anc is not None or not learner.needs_images:
-        f = frozen_features(clip_model, run.settings["clip"], run.settings["dtype"], tuple(items),
-                            run.args.feature_cache, run.args.workers)
+        f = frozen_features(clip_model, run.settings["clip"], tuple(items), args.feature_cache,
+                            args.workers).split(batch_size)
     if learner.needs_images:
+        preprocess = preprocess_of(clip_model)
         images = data.Images(items, data.test_transform(preprocess))
-        crops = iter(data.loader(images, batch_size=batch_size, workers=run.args.workers))
-    starts = range(0, len(items), max(1, batch_size))
-    for start in tqdm(starts, desc="testing", leave=False, disable=None):
-        batch = slice(start, start + batch_size)
-        x = None
-        if crops is not None:
-            x = data.normalize(next(crops)[0], preprocess, device)
-        yield None if f is None else f[batch], x, labels[batch]
+        crops = data.loader(images, batch_size=batch_size, workers=args.workers)
+        x = (data.normalize(crop, preprocess, device) for crop, _ in crops)
+    y = torch.tensor([item.label for item in items], device=device).split(batch_size)
+    yield from tqdm(zip(f, x, y), "testing", len(y), leave=False, disable=None)
 
 
-@functools.lru_cache(maxsize=32)
-def frozen_features(clip_model, clip, dtype, items, cache, workers):
-    """f_I of test images by the frozen CLIP: (n, d) float32. clip, dtype: of the settings."""
+@functools.cache                            # once for all seeds and runs of a process
+def frozen_features(clip_model, name, items, folder, workers):
+    """f_I of test images by the frozen CLIP: (n, d) float32. name: the CLIP's, of the settings.
+
+    folder: where `--feature-cache` keeps them, or None.
+    """
     images = data.Images(items, data.test_transform(preprocess_of(clip_model)))
-    encode, kept = stage1.frozen_tower(clip_model, {"clip": clip, "dtype": dtype}, images, cache)
+    kept = stage1.kept_features(clip_model, name, images, folder)
+    encode = stage1.frozen_tower(clip_model)
     f, _ = next(data.epoch_features(images, [0], encode, kept, workers=workers))
     return f.to(clip_model.logit_scale.device)
 
@@ -167,77 +163,54 @@ def frozen_features(clip_model, clip, dtype, items, cache, workers):
 def load_prompt(path):
     """Reads a prompt.pt: dict with `state` (learnt tensors), `settings`, `class_names`, `seed`.
 
-    And `digest`, of what was read. Raises FileNotFoundError, or ValueError for a file that is
-    damaged or something else.
+    And `digest`, of the file. Raises FileNotFoundError, or ValueError for a file that is damaged or
+    something else.
     """
-    # Read once: the digest is of what is used, whatever lies there a minute later.
-    content = pathlib.Path(path).read_bytes()
+    # First: if the prompt is learnt anew meanwhile, its evaluation is stale, and not wrong.
+    digest = sha256(path)[:8]
     try:
-        saved = read_as_data(io.BytesIO(content))
-        settings = saved["settings"]
-        if not (settings["baseline"] in BASELINES and settings["dtype"] in ("default",
-                *stage1.DTYPES) and settings["clip"] and saved["class_names"] and saved["state"]):
-            raise ValueError("its settings are not ours")
-        return {key: saved[key] for key in ("state", "settings", "class_names", "seed")} | {
-            "digest": hashlib.sha256(content).hexdigest()[:8]}
+        saved = read_as_data(path) | {"digest": digest}
+        return {key: saved[key] for key in ("state", "settings", "class_names", "seed", "digest")}
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, or no prompt.pt of stage2.py ({error}); where a run "
-                         "wrote it: train it again with --overwrite") from error
+        raise ValueError(f"{path} is damaged, or no prompt.pt of stage2.py; where a run wrote it: "
+                         "train it again with --overwrite") from error
 
 
-def load_learner(path, saved, clip_model, class_chunk=0):
+def load_learner(saved, clip_model):
     """The learner of a prompt.pt, on the classes that it was learnt on, in eval mode.
 
-    saved: from `load_prompt(path)`. Raises ValueError where state, settings and CLIP do not fit.
+    saved: from `load_prompt`. clip_model: the CLIP it was learnt with, see `load_clip_of`.
     """
     # A fresh learner of the same settings, then its learnt values.
-    settings = saved["settings"] | {"class_chunk": class_chunk}
-    try:
-        anchor_tokens = saved["state"].get("template.anchor_tokens")
-        learner = build_learner(settings, clip_model, saved["class_names"], anchor_tokens)
-        learner.load_state_dict(saved["state"])
-        return learner.eval()
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} does not fit its own settings or this CLIP ({str(error)[:200]}); "
-                         "give the --clip it was trained with, or train it again with "
-                         "--overwrite") from error
-
-
-def prompt_files(paths):
-    """The prompt.pt at and under `paths`; a file that is named is taken.
-
-    Raises FileNotFoundError for a path without one.
-    """
-    found = {}
-    for path in map(pathlib.Path, paths):
-        files = [path] if path.is_file() else sorted(path.rglob("prompt.pt"))
-        if not files:
-            what = "holds no prompt.pt" if path.exists() else "does not exist"
-            raise FileNotFoundError(f"{path} {what}; give a run of stage2.py, such as "
-                                    "output/toy/coop-anchoropt/seed1")
-        found |= {file.resolve(): file for file in files}
-    return list(found.values())
+    anchor_tokens = saved["state"].get("template.anchor_tokens")
+    learner = build_learner(saved["settings"], clip_model, saved["class_names"], anchor_tokens)
+    learner.load_state_dict(saved["state"])
+    return learner.eval()
 
 
 def load_clip_of(path, settings, args):
-    """The CLIP that a prompt was learnt with: its own precision, and its own weights.
+    """The CLIP that a prompt was learnt with, in its own precision if --dtype names no other.
 
     args: with clip, device, dtype. Raises ValueError where --clip is another one.
     """
     if args.clip and clip_identity(args.clip) != settings["clip"]:
-        raise ValueError(f"{path} was trained with CLIP {settings['clip']}, but --clip is "
-                         f"{clip_identity(args.clip)}; give the one it was trained with (none is "
-                         "needed for a CLIP that has a name)")
-    # Its own precision where it was asked for, else this machine's.
-    if settings["dtype"] == "default":
-        settings = settings | {"dtype": args.dtype or "default"}
-    try:
-        return stage1.load_clip_for(settings, args)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} was trained with CLIP {settings['clip']}: give its file "
-                                f"with --clip ({error})") from error
+        raise ValueError(f"{path} was trained with CLIP {settings['clip']}, and --clip is another")
+    return stage1.load_clip_for(settings | {"dtype": args.dtype or settings["dtype"]}, args)
+
+
+def files_under(paths, name):
+    """The files of this name under `paths`; a file that is named is taken itself.
+
+    Raises FileNotFoundError for a path without one.
+    """
+    found = []
+    for path in map(pathlib.Path, paths):
+        files = [path] if path.is_file() else sorted(path.rglob(name))
+        if not files:
+            raise FileNotFoundError(f"no {name} in {path}: give what stage2.py wrote, such as "
+                                    "output/toy/coop-anchoropt/seed1")
+        found += files
+    return found
 
 
 class Classifier:
@@ -248,85 +221,77 @@ class Classifier:
     the normal prompt answers, else the ensemble (Sec. 3.2.2).
     """
 
-    def __init__(self, learner, settings, learnt_on, class_chunk=0):
+    def __init__(self, learner, settings, learnt_on):
         self.learner = learner
         self.settings = settings
-        self.learnt_on = list(learnt_on)
-        self.class_chunk = class_chunk
-        clip_model = learner.clip_model
-        self.preprocess, self.device = preprocess_of(clip_model), clip_model.logit_scale.device
-        self.encode, _ = stage1.frozen_tower(clip_model, settings, None, None)
+        self.learnt_on = learnt_on
+        self.preprocess = preprocess_of(learner.clip_model)
         self.transform = data.test_transform(self.preprocess)
-        self.bind(self.learnt_on)
+        self.encode = stage1.frozen_tower(learner.clip_model)
+        self.set_classes(learnt_on)
 
+    @torch.no_grad()
     def set_classes(self, class_names):
         """Binds it to any class names: C strings, read as folders' names are (`data.read_name`).
 
-        A name that comes twice counts once. Raises ValueError for what CLIP cannot read.
+        Raises ValueError for what CLIP cannot read.
         """
-        # The names of the field's own datasets are known as they are.
-        names = {}
+        names = []
         for name in class_names:
-            names[name if name in self.learnt_on else data.read_name(name)] = None
-        if not names:
-            raise ValueError("no class names: there is nothing to choose from")
-        return self.bind(list(names))
-
-    @torch.no_grad()
-    def bind(self, names):
-        """Binds it to these class names, as they are."""
+            # The names of the field's own datasets are known as they are.
+            names.append(name if name in self.learnt_on else data.read_name(name))
+        # What was learnt stays as it is, and the class tokens after it are exchanged.
         self.learner.set_classes(names)
         self.class_names = names
         self.known = set(names) <= set(self.learnt_on)
-        self.f_anc = anchor_prompts(self.learner, self.settings, self.class_chunk)
+        self.f_anc = anchor_prompts(self.learner, self.settings)
         return self
 
     def crop(self, picture):
         """A picture's file as CLIP reads it: (3, R, R), uint8. Raises data.BadImage."""
         return self.transform(data.load_image(picture, upright=True))
 
-    @torch.no_grad()
     def probabilities(self, pictures, batch_size=100):
-        """q(c | x), Eq. 1, by the inference rule: (n, C). pictures: n paths, or crops of `crop`."""
-        q = [torch.zeros(0, len(self.class_names), device=self.device)]
+        """q(c | x), Eq. 1, by the inference rule: (n, C), for n paths. Raises data.BadImage."""
+        q = []
         for start in range(0, len(pictures), batch_size):
-            crops = []
-            for picture in pictures[start:start + batch_size]:
-                crops.append(picture if torch.is_tensor(picture) else self.crop(picture))
-            crops = torch.stack(crops)                                          # (B, 3, R, R)
-            x = data.normalize(crops, self.preprocess, self.device)
-            f = self.encode(crops).float()                                      # (B, d)
-            logits = infer(self.learner, f, x, self.f_anc, self.known)["final"]
-            check_finite(logits, self.class_names)
-            q.append(logits.softmax(-1))
+            batch = pictures[start:start + batch_size]
+            q.append(self.answer([self.crop(picture) for picture in batch]))
         return torch.cat(q)
+
+    @torch.no_grad()
+    def answer(self, crops):
+        """`probabilities` of B crops: (B, C). Raises ValueError for logits that are not finite."""
+        crops = torch.stack(crops)                                              # (B, 3, R, R)
+        f = self.encode(crops).float()                                          # (B, d)
+        x = data.normalize(crops, self.preprocess, f.device)
+        logits = infer(self.learner, f, x, self.f_anc, self.known)["final"]
+        check_finite(logits, self.class_names)
+        return logits.softmax(-1)
 
     @torch.no_grad()
     def text_features(self):
         """Unit text features of the classes, float32: normal (C, d), anchor (C, d) or None.
 
-        Raises ValueError for CoCoOp, whose normal prompt is another for every image.
+        CoCoOp has none: its normal prompt is another for every image.
         """
-        if self.learner.prompts_per_image:
-            raise ValueError(f"{self.settings['baseline']}'s prompts depend on the image, so its "
-                             "classes have no text features of their own")
         return unit(self.learner.text_features()), self.f_anc
 
 
-def load_run(run, clip=None, device=None, dtype=None, class_chunk=0):
+def load_run(run, clip=None, device=None, dtype=None):
     """The `Classifier` of a run of stage2.py, on the classes that it was learnt on, ready for use.
 
     run: its folder or its prompt.pt. clip: the file of its CLIP, where it was none with a name.
-    dtype, class_chunk: as the options. Raises FileNotFoundError and ValueError in one line.
+    dtype: as the option. Raises FileNotFoundError and ValueError in one line.
     """
-    files = prompt_files(run if isinstance(run, list) else [run])
+    files = files_under(run if isinstance(run, list) else [run], "prompt.pt")
     if len(files) > 1:
-        raise ValueError(f"{len(files)} runs are there; name one, such as {files[0].parent}")
+        raise ValueError(f"{len(files)} runs are there: name one, such as {files[0].parent}")
     saved = load_prompt(files[0])
     args = argparse.Namespace(clip=clip, dtype=dtype, device=device or stage1.default_device())
     clip_model = load_clip_of(files[0], saved["settings"], args)
-    learner = load_learner(files[0], saved, clip_model, class_chunk)
-    return Classifier(learner, saved["settings"], saved["class_names"], class_chunk)
+    learner = load_learner(saved, clip_model)
+    return Classifier(learner, saved["settings"], saved["class_names"])
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -340,36 +305,37 @@ def classify_pictures(args):
     pictures = []
     for path in args.images:
         pictures += data.image_files(path, deep=True) if os.path.isdir(path) else [path]
-    classifier = load_run(args.paths, args.clip, args.device, args.dtype, args.class_chunk)
+    classifier = load_run(args.paths, args.clip, args.device, args.dtype)
     if args.classes_from:
-        classifier.set_classes(data.read_lines(args.classes_from, ""))
-    ensemble = classifier.f_anc is not None and not classifier.known
+        classifier.set_classes(data.read_lines(args.classes_from))
     print_names(classifier.class_names)
-    print(f"the {'ensemble with the anchor' if ensemble else 'normal'} prompt answers")
+    print(f"learnt on all of them: {classifier.known}")                      # Sec. 3.2.2
 
     # Batch by batch: what is answered is printed, whatever comes after it.
-    rows, read = [], 0
-    batch_size = args.test_batch or 100
-    for start in range(0, len(pictures), batch_size):
-        sound, crops = [], []
-        for picture in pictures[start:start + batch_size]:
+    rows = []
+    code = 0
+    for start in range(0, len(pictures), 100):
+        crops = {}
+        for picture in pictures[start:start + 100]:
+            # Not training data: one that is broken is said, and takes no other with it.
             try:
-                crops.append(classifier.crop(picture))
-                sound.append(picture)
+                crops[picture] = classifier.crop(picture)
             except data.BadImage as error:
-                stage1.complain("eval.py", str(error))
-        read += len(sound)
-        for picture, q in zip(sound, classifier.probabilities(crops, batch_size)):
+                stage1.complain("eval.py", error)
+                code = 1
+        q = classifier.answer(list(crops.values())) if crops else []
+        for picture, of_picture in zip(crops, q):
             best = []
-            for i in q.argsort(descending=True)[:args.top or 5].tolist():
-                name, p = classifier.class_names[i], q[i].item()
-                best.append(f"{name} {100 * p:.1f} %")
+            for i in of_picture.argsort(descending=True)[:args.top]:
+                name = classifier.class_names[i]
+                p = of_picture[i].item()
+                best.append(f"{name} {p:.1%}")
                 rows.append({"image": picture, "rank": len(best), "class": name,
                              "probability": f"{p:.6f}"})
             say(f"{picture}: {', '.join(best)}")
     if args.csv and rows:
         data.save_csv(args.csv, rows)
-    return int(read < len(pictures))
+    return code
 
 
 def print_names(names):
@@ -382,31 +348,28 @@ def print_names(names):
 def evaluate_runs(args):
     """`python eval.py RUN ... --dataset NAME ...`: every run on every dataset, and a table."""
     datasets = [data.load_dataset(name, args.root) for name in args.dataset]
-    key = clip_model = None
     results = []
-    for file in prompt_files(args.paths):
+    clips = {}
+    for file in files_under(args.paths, "prompt.pt"):
         saved = load_prompt(file)
         settings = saved["settings"]
         for dataset in datasets:
             done = file.with_name(f"eval-{dataset.name}.json")
-            facts = data.digests(dataset, data.few_shot_task(dataset, "all", seed=saved["seed"]))
-            del facts["training images"]
+            facts = data.digests(dataset, data.few_shot_task(dataset, "all"))
+            del facts["training images"]                # of the target: nothing is learnt on it
             if done.exists() and not args.overwrite:
                 result = read_result(done)
-                if result["prompt"] == saved["digest"]:         # else it was learnt anew since
-                    data.check_unchanged(done, result["facts"], facts,
-                                         "to make it again: --overwrite")
-                    say(f"finished already: {done} (--overwrite to make it again)")
-                    results.append(result)
-                    continue
-            # One CLIP at a time is on the device.
-            if key != (settings["clip"], settings["dtype"]):
-                key = clip_model = None
-                frozen_features.cache_clear()
-                clip_model = load_clip_of(file, settings, args)
+                data.check_unchanged(done, result | result["facts"],
+                                     facts | {"prompt": saved["digest"]},
+                                     "to make it again: --overwrite")
+                say(f"finished already: {done} (--overwrite to make it again)")
+            else:
+                # Only what is not finished needs a CLIP, and runs share it.
                 key = settings["clip"], settings["dtype"]
-            result = evaluate_run(file, saved, dataset, clip_model, args)
-            data.save_json(done, result | {"facts": facts})
+                if key not in clips:
+                    clips[key] = load_clip_of(file, settings, args)
+                result = evaluate_run(file, saved, dataset, clips[key], args)
+                data.save_json(done, result | {"facts": facts})
             results.append(read_result(done))
     print_results(results)
 
@@ -414,33 +377,27 @@ def evaluate_runs(args):
 def evaluate_run(file, saved, dataset, clip_model, args):
     """A learnt prompt and its anchor on all classes of a dataset, as results.json says it.
 
-    The inference rule: final is the ensemble for foreign classes, and the normal prompt for the
-    classes that the run learnt on, ImageNet's in its variants after training with --classes all.
-    file, saved: see `load_prompt`.
+    The inference rule: final is the normal prompt where it has learnt on all these classes, as
+    after --classes all on ImageNet in its variants, and else the ensemble. file, saved: see
+    `load_prompt`.
     """
     settings = saved["settings"]
-    # Sec. 3.2.2: are these the classes that it has learnt on?
-    known = dataset.class_names == saved["class_names"]
-    if settings["dataset"] == "imagenet" and dataset.name in VARIANTS:
-        known = True
     # What was noted of the run holds of its evaluations.
-    notes, comparable = [], True
+    notes = dataset.notes
     if file.with_name("results.json").exists():
-        of_run = read_result(file.with_name("results.json"))
-        notes, comparable = of_run["notes"], of_run["comparable"]
-    notes = notes + dataset.notes
-    if settings["classes"] != "all" and settings["baseline"] != "clip":
-        known = comparable = False
-        notes.append("learnt on base classes alone, so final is the ensemble for all classes; "
-                     "Tables 2 and 4 are of runs with --classes all")
-    learner = load_learner(file, saved, clip_model, args.class_chunk)
+        notes = read_result(file.with_name("results.json"))["notes"] + notes
+    if settings["classes"] == "base":
+        notes = [*notes, "a run of --classes base, and Tables 2 and 4 are of --classes all"]
+
+    # Secs. 4.3, 4.4: the source's soft tokens, W and anchor, bound to the target's classes.
+    learner = load_learner(saved, clip_model)
     learner.set_classes(dataset.class_names)
+    known = set(dataset.class_names) <= set(saved["class_names"])           # Sec. 3.2.2
     torch.manual_seed(saved["seed"])            # of W, with --test-position sample
     run = stage1.Run(settings, {}, saved["seed"], args)
     scores = evaluate_items(run, learner, dataset.test, known)
     return {"dataset": dataset.name, "settings": settings, "seed": saved["seed"],
-            "prompt": saved["digest"], "base": scores, "novel": None, "hm": None, "notes": notes,
-            "comparable": comparable and not dataset.notes}
+            "prompt": saved["digest"], "base": scores, "novel": None, "notes": notes}
 
 
 # ---------------------------------------------------------------------------- results of runs
@@ -455,44 +412,26 @@ def read_result(path):
     path = pathlib.Path(path)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("dataset", "seed", "notes", "comparable", "prompt"):
+        for key in ("dataset", "seed", "settings", "facts", "novel", "notes", "prompt"):
             result[key]
-        result["settings"]["dataset"], result["facts"]["class names"]
-        for scores in (result["base"], result["novel"]):
-            if scores is not None and not 0 <= scores["final"] <= 100:
-                raise ValueError("no percentages")
-        return {"position_matrix": None} | result | {
-            "run": path.resolve().parent.parent.name, "folder": path.parent}
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        result["base"]["final"]
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or not of this project; make it again with "
                          "--overwrite, or move it elsewhere") from error
+    return result | {"run": path.resolve().parent.parent.name, "folder": path.parent}
 
 
 def load_results(paths, transfers=False):
-    """All results.json under these files and folders; transfers: and eval-*.json of other datasets.
-
-    Raises ValueError where two folders hold the same seed of a run.
-    """
-    found = {}
-    for path in map(pathlib.Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; give the folder that stage2.py wrote "
-                                    "to (--output)")
-        folder = path if path.is_dir() else path.parent
-        found |= {file.resolve(): file for file in sorted(folder.rglob("results.json"))}
-    results = [read_result(path) for path in found.values()]
-    for run in results[:] if transfers else []:
-        for file in sorted(run["folder"].glob("eval-*.json")):
+    """All results.json under these folders; transfers: and eval-*.json of other datasets."""
+    results = [read_result(file) for file in files_under(paths, "results.json")]
+    if not transfers:
+        return results
+    for run in list(results):
+        for file in run["folder"].glob("eval-*.json"):
             result = read_result(file)
             # Not of a prompt that was learnt anew since, nor of the run's own dataset.
             if result["prompt"] == run["prompt"] and result["dataset"] != run["dataset"]:
                 results.append(result)
-    places = {}
-    for result in results:
-        place = places.setdefault((run_key(result), result["seed"]), result["folder"])
-        if place != result["folder"]:
-            raise ValueError(f"{place} and {result['folder']} are both seed {result['seed']} of "
-                             "one run: move one of them elsewhere")
     return results
 
 
@@ -506,22 +445,26 @@ def run_key(result):
             facts["class names"], facts["test images"])
 
 
-def means(seeds, reading):
-    """measure -> percent: base, novel and HM of one reading; accuracy where nothing is novel.
+def figures(result, reading):
+    """measure -> percent, of one reading: base and novel; accuracy where nothing is novel."""
+    if result["novel"] is None:
+        return {"accuracy": result["base"][reading]}
+    return {"base": result["base"][reading], "novel": result["novel"][reading]}
 
-    The HM is that of the averaged base and novel, as in the paper.
-    """
-    base = statistics.fmean(seed["base"][reading] for seed in seeds)
-    if seeds[0]["novel"] is None:
-        return {"accuracy": base}
-    novel = statistics.fmean(seed["novel"][reading] for seed in seeds)
-    return {"base": base, "novel": novel, "hm": harmonic_mean(base, novel)}
+
+def average(several):
+    """The mean of several dicts measure -> percent. HM is that of the means, as in the paper."""
+    means = {}
+    for measure in several[0]:
+        means[measure] = statistics.fmean(each[measure] for each in several)
+    # Base 81.24 and novel 76.27 give the paper's 78.68; the mean of its eleven HMs is another.
+    if "novel" in means:
+        means["HM"] = harmonic_mean(means["base"], means["novel"])
+    return means
 
 
 def listed_seeds(seeds):
-    numbers = sorted(seed["seed"] for seed in seeds)
-    many = "s" if len(seeds) > 1 else ""
-    return f"seed{many} {', '.join(map(str, numbers))}"
+    return "seed " + ", ".join(str(seed["seed"]) for seed in seeds)
 
 
 TOY_WARNING = ("These are figures of the toy world: they check the machinery and are no evidence "
@@ -530,102 +473,84 @@ TOY_WARNING = ("These are figures of the toy world: they check the machinery and
 
 def print_results(results):
     """Table S1's rows for every run: the mean and, for several seeds, the deviation over them."""
-    # A block a run, a line a reading, a column a measure.
     for (dataset, run, *_), seeds in data.group_by(run_key, results).items():
-        rows = []
+        # A line a reading, a column a measure.
+        records = []
         for reading in seeds[0]["base"]:
-            each = [means([seed], reading) for seed in seeds]
-            row = [reading]
-            for measure, mean in means(seeds, reading).items():
-                spread = ""
+            each = [average([figures(seed, reading)]) for seed in seeds]
+            record = {"prompt": reading}
+            for measure, mean in average(each).items():
+                record[measure] = f"{mean:.2f}"
                 if len(seeds) > 1:
-                    spread = f" ± {statistics.stdev(values[measure] for values in each):.2f}"
-                row.append(f"{mean:.2f}{spread}")
-            rows.append(row)
-        header = ["prompt  ", *means(seeds, "final")]
-        say("")
-        say(f"{dataset}, {run}, {listed_seeds(seeds)}")
-        say("")
-        print_markdown([name.replace("hm", "HM") for name in header], rows)
-    notes = []
+                    record[measure] += f" ± {statistics.stdev(one[measure] for one in each):.2f}"
+            records.append(record)
+        print(f"\n{dataset}, {run}, {listed_seeds(seeds)}\n")
+        print_markdown(records)
+    print_notes(results)
+
+
+def print_markdown(records):
+    """Dicts of str with the same keys as a table, "-" for nothing."""
+    rows = [list(records[0])]
+    for record in records:
+        rows.append([cell or "-" for cell in record.values()])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        print(f"| {' | '.join(cells)} |")
+
+
+def print_notes(results, notes=()):
+    """What a reader of the figures must know: the results' notes and others, each once."""
+    notes = [note for note in notes if note]
     for result in results:
-        notes += [(note, f"{result['dataset']}, {result['run']}") for note in result["notes"]]
-    print_notes(notes)
-    if any("toy" in (result["dataset"], result["settings"]["dataset"]) for result in results):
-        print(f"\n{TOY_WARNING}")
-
-
-def print_markdown(header, rows):
-    """A table of Markdown: the first column to the left, the others to the right, "-" for none."""
-    rows = [header, *([printable(cell) or "-" for cell in row] for row in rows)]
-    first = max(len(row[0]) for row in rows)
-    other = max(len(cell) for row in rows for cell in row[1:])
-    for i, row in enumerate(rows):
-        print(f"| {row[0]:{first}} | {' | '.join(cell.rjust(other) for cell in row[1:])} |")
-        if i == 0:
-            print("|:" + "-" * (first + 1) + "|" + ("-" * (other + 1) + ":|") * (len(row) - 1))
-
-
-def print_notes(notes):
-    """Each note once, with what it is about. notes: pairs (note, what)."""
-    about = {}
-    for note, what in dict.fromkeys(notes):
-        about.setdefault(note, []).append(what)
-    if about:
+        notes += result["notes"]
+        if "toy" in (result["dataset"], result["settings"]["dataset"]):
+            notes.append(TOY_WARNING)
+    if notes:
         print("\nNotes\n")
-    for note, named in about.items():
-        more = f"; and {len(named) - 3} more" if len(named) > 3 else ""
-        say(f"- {note} ({'; '.join(named[:3])}{more})")
+    for note in dict.fromkeys(notes):
+        say(f"- {note}")
 
 
 def draw_figure4(results, path):
-    """Fig. 4: the learnt W (without noise) of every run, the lowest seed of each, side by side."""
-    panels, n_anchor = {}, {}
-    learnt = [result for result in results if result["position_matrix"]]
-    for (dataset, run, *_), seeds in sorted(data.group_by(run_key, learnt).items()):
-        first = min(seeds, key=lambda result: result["seed"])
-        title = f"{dataset}, {run.replace(',', ', ')}"
-        while title in panels:                              # the same run in another folder
-            title += "'"
-        panels[title] = first["position_matrix"]["end"]
-        n_anchor[title] = first["settings"]["anchor_length"]
+    """Fig. 4: the learnt W (without noise) of every run, of its first seed, side by side."""
+    panels = {}
+    n_anchor = {}
+    for (dataset, run, *_), seeds in data.group_by(run_key, results).items():
+        if seeds[0]["position_matrix"]:
+            # Without noise: what is tested, unless --test-position is sample.
+            title = f"{dataset}, {run.replace(',', ', ')}"
+            panels[title] = seeds[0]["position_matrix"]["end"]
+            n_anchor[title] = seeds[0]["settings"]["anchor_length"]
     if not panels:
         raise ValueError("no run with a learnt position matrix here; make one: python stage2.py")
-    if not pathlib.Path(path).suffix:                           # it says the format
-        path = f"{path}.png"
     with data.written_aside(path) as aside:
         plot_position_matrix(panels, aside, n_anchor)
-    print(f"{path}: {len(panels)} matrices")
+    print(f"saved to {path}")
 
 
 # ---------------------------------------------------------------------------- the paper's tables
 
-# A cell takes runs whatever these are, and says so.
-MACHINE = ("clip", "dtype", "descriptions", "anchor")
-
-
-class Table(NamedTuple):
-    title: str
-    datasets: tuple = ("imagenet",)     # that have a cell in each row
-    shown: tuple = ("imagenet",)        # blocks, one below the other; "average" is one
-    source: str = ""                    # Tables 2 and 4: where the prompts were learnt
-
-
-AVERAGE = (*ELEVEN, "average")
+# The datasets that have a cell in each row of a table.
 TABLES = {
-    "1": Table("base to novel classes", ELEVEN, AVERAGE),
-    "2": Table("from ImageNet to ten other datasets", ELEVEN, AVERAGE, "imagenet"),
-    "3": Table("one stage and two", ELEVEN, ("average",)),
-    "4": Table("from ImageNet to its variants", ("imagenet", *VARIANTS),
-               ("imagenet", *VARIANTS, "average"), "imagenet"),
-    "5": Table("the normal prompt alone", ELEVEN, ("average",)),
-    "6": Table("prepositions"),
-    "7": Table("anchor length N"),
-    "8": Table("where the anchor stands"),
-    "9": Table("distillation"),
-    "S1": Table("each prompt of CoOp + AnchorOPT", ELEVEN, AVERAGE),
-    "S2": Table("prepositions, and none"),
-    "S3": Table("temperature of Eq. 7")}
+    "1": ELEVEN,                                # base to novel classes
+    "2": ELEVEN,                                # from ImageNet to the ten others
+    "3": ELEVEN,                                # one stage and two
+    "4": ("imagenet", *VARIANTS),               # from ImageNet to its variants
+    "5": ELEVEN,                                # the normal prompt alone
+    "6": ("imagenet",),                         # prepositions
+    "7": ("imagenet",),                         # anchor length N
+    "8": ("imagenet",),                         # where the anchor stands
+    "9": ("imagenet",),                         # distillation
+    "S1": ELEVEN,                               # each prompt of CoOp + AnchorOPT
+    "S2": ("imagenet",),                        # prepositions, and none
+    "S3": ("imagenet",)}                        # temperature of Eq. 7
+# Where prompts were learnt that are tested elsewhere.
+SOURCE = {"2": "imagenet", "4": "imagenet"}
+# A cell takes runs whatever these are, and says so.
+MACHINE = {"clip", "dtype", "descriptions", "anchor"}
 
 
 def read_rows(name, number):
@@ -634,188 +559,126 @@ def read_rows(name, number):
         return [row for row in csv.DictReader(file) if row["table"] == number]
 
 
-def settings_of(row, dataset):
-    """The settings of a row's runs on a dataset, and those that the row changes."""
-    changed = {}
-    if row["changed"]:
-        key, _, text = row["changed"].partition("=")
-        changed[key] = plain_value(text)
-    cell = {key: changed[key] for key in ("classes", "one_stage") if key in changed}
-    return default_settings(dataset, row["baseline"], row["template"], **cell) | changed, changed
+def given_by(row):
+    """The setting that a row of a table is about: a dict, {} where it has none."""
+    if not row["changed"]:
+        return {}
+    key, _, text = row["changed"].partition("=")
+    return {key: plain_value(text)}
 
 
-class Cell(NamedTuple):
-    values: dict                        # measure -> percent
-    runs: str                           # what they are the mean of, in words
-    comparable: bool = False            # may the paper's figure be subtracted?
-    notes: tuple = ()
-    run: str = ""
+def differences(result, wanted):
+    """A run's settings that are not the wanted ones: a dict. (A run may have fewer of them.)"""
+    return {key: value for key, value in result["settings"].items() if value != wanted.get(key)}
 
 
-def fill(table, row, results):
-    """A row's cells: dict dataset -> `Cell`, "average" among them. ValueError where two runs fit.
+def collect(number, results, output):
+    """Our side of a table: dict (block, method) -> percentages, and what they are the mean of.
 
-    results: as `load_results` gives them.
+    Also the results in it, notes, and the commands that fill the empty cells. results: as
+    `load_results` gives them. Raises ValueError where two runs fit a cell.
     """
-    cells = {}
-    for dataset in table.datasets:
-        # Tables 2 and 4: learnt on the source, tested here. Elsewhere both are one dataset.
-        wanted, _ = settings_of(row, table.source or dataset)
-        here = [result for result in results if result["dataset"] == dataset]
-        runs = data.group_by(run_key, of_settings(here, wanted))
-        if len(runs) > 1:
-            raise ValueError(f"{' and '.join(key[2] for key in runs)} both fit {row['label']} on "
-                             f"{dataset}: name the one that is meant, not the folder of both")
-        for seeds in runs.values():
-            cells[dataset] = cell_of(seeds, row["reading"], wanted)
-    targets = [name for name in table.datasets if name not in (table.source, "toy")]
-    present = [cells[name] for name in targets if name in cells]
-    if present:
-        cells["average"] = average(present, len(targets))
-    return cells
+    source = SOURCE.get(number)
+    ours = {}
+    used = []
+    notes = []
+    missing = []
+    for row in read_rows("table_rows.csv", number):
+        label = row["label"]
+        given = given_by(row)
+        for dataset in (*TABLES[number], "toy"):
+            # Tables 2 and 4: learnt on the source, tested here. Elsewhere both are one dataset.
+            wanted = default_settings(source or dataset, row["baseline"], row["template"],
+                                      given) | given
+            # The seeds of one run; with another CLIP, say, they are in, and the cell says so.
+            fits = [result for result in results if result["dataset"] == dataset
+                    and differences(result, wanted).keys() <= MACHINE]
+            found = data.group_by(run_key, fits)
+            if len(found) > 1:
+                raise ValueError(f"{label} on {dataset} fits {[key[2] for key in found]}: name the "
+                                 "one that is meant, not the folder of all")
+            for seeds in found.values():
+                used += seeds
+                notes.append(row["note"])
+                values = average([figures(seed, row["reading"]) for seed in seeds])
+                runs = listed_seeds(seeds)
+                for key, value in differences(seeds[0], wanted).items():
+                    runs += f", {key} {value}"              # in which it is not the paper's
+                ours[dataset, label] = values, runs
+
+        # The average is over what is there, without the source, and says of how many.
+        targets = [name for name in TABLES[number] if name != source]
+        present = [ours[name, label][0] for name in targets if (name, label) in ours]
+        if present and len(targets) > 1:
+            members = f"{len(present)} of {len(targets)} datasets"
+            ours["average", label] = average(present), members
+        empty = [name for name in TABLES[number] if (name, label) not in ours]
+        if empty:
+            missing += commands(row, number, empty, output)
+    return ours, used, notes, missing
 
 
-def of_settings(results, wanted):
-    """The results of runs with these settings: to the letter, or else whatever MACHINE's are."""
-    fits = []
-    for result in results:
-        machine = {key: wanted[key] for key in MACHINE if key in wanted}
-        if result["settings"] | machine == wanted:
-            fits.append(result)
-    exact = [result for result in fits if result["settings"] == wanted]
-    return exact or fits
-
-
-def cell_of(seeds, reading, wanted):
-    """The mean over the seeds of a run, and what sets it off the paper's."""
-    settings, notes = seeds[0]["settings"], []
-    for key in MACHINE:
-        if settings.get(key) != wanted.get(key):
-            notes.append(f"run with {key} {settings[key]}")
-    comparable = settings["clip"] == wanted["clip"]
-    for seed in seeds:
-        notes += seed["notes"]
-        comparable = comparable and seed["comparable"]
-    return Cell(means(seeds, reading), listed_seeds(seeds), comparable, tuple(notes),
-                seeds[0]["run"])
-
-
-def average(present, n):
-    """The average of the cells that are there, of n. Its HM is that of the averages, as printed."""
-    values = {}
-    for measure in present[0].values:
-        values[measure] = statistics.fmean(cell.values[measure] for cell in present)
-    if "hm" in values:
-        values["hm"] = harmonic_mean(values["base"], values["novel"])
-    complete = len(present) == n
-    comparable = complete and all(cell.comparable for cell in present)
-    return Cell(values, f"{len(present)} of {n} datasets", comparable)
-
-
-def commands(table, row, empty, output):
+def commands(row, number, empty, output):
     """The shell's lines that fill a row's cells on the datasets `empty`. $DATA: their folder."""
-    # What the row changes are options of the command.
-    settings, changed = settings_of(row, table.source or "imagenet")
+    source = SOURCE.get(number)
+    # What the row is about is an option of the command.
+    given = given_by(row)
     words = f"--baseline {row['baseline']} --template {row['template']}"
-    for key, value in changed.items():
+    for key, value in given.items():
         words += f" {stage1.option_of(key)}"
         if value is not True:
             words += f" {value}"
-    words += " --seeds 1 2 3 --root $DATA"
-    if output != "output":
-        words += f" --output {shlex.quote(output)}"
-    if not table.source:
+    words += f" --seeds 1 2 3 --root $DATA --output {shlex.quote(output)}"
+    if not source:
         return [f"for d in {' '.join(empty)}; do python stage2.py --dataset $d {words}; done"]
 
-    # Two commands: learn on the source, and test elsewhere what was learnt.
-    run = os.path.join(output, table.source, data.folder_name(stage1.cell_name(settings), changed))
-    there = " ".join(name for name in empty if name != table.source)
-    test = f"python eval.py {shlex.quote(run)} --dataset {there} --root $DATA"
-    if table.source not in empty:
-        return [test]
-    return [f"python stage2.py --dataset {table.source} {words}", test]
+    # Two commands: learn on the source, and test elsewhere what was learnt. Both skip what is done.
+    run = os.path.join(output, source, data.folder_name(stage1.cell_name(row), given))
+    targets = " ".join(name for name in empty if name != source)
+    return [f"python stage2.py --dataset {source} {words}",
+            f"python eval.py {shlex.quote(run)} --dataset {targets} --root $DATA"]
 
 
 def print_paper_table(args):
     """`python eval.py OUTPUT --table N`: Markdown to stdout, and CSV to --csv FILE."""
-    results, table = load_results(args.paths, transfers=True), TABLES[args.table]
-    with_toy = any(result["dataset"] == "toy" for result in results)
-    if with_toy and not table.source:
-        table = Table(table.title, (*table.datasets, "toy"), (*table.shown, "toy"))
+    number = args.table
+    results = load_results(args.paths, transfers=True)
+    ours, used, notes, missing = collect(number, results, args.paths[0])
+    notes += [f"fits no cell: {result['run']}" for result in results if result not in used]
+    printed = read_rows("paper_tables.csv", number)
+    paper = {(row["dataset"], row["method"]): row for row in printed}
 
-    # Ours: a cell for each dataset and row.
-    ours, missing, notes = {}, [], []
-    for row in read_rows("table_rows.csv", args.table):
-        cells = fill(table, row, results)
-        for dataset, cell in cells.items():
-            notes += [(note, f"{row['label']}, {dataset}") for note in cell.notes]
-        if row["note"] and cells:
-            notes.append((row["note"], row["label"]))
-        for dataset in (*table.datasets, "average"):
-            ours[dataset, row["label"]] = cells.get(dataset, Cell({}, "none yet"))
-        empty = [name for name in table.datasets if name not in (*cells, "toy")]
-        if empty:
-            missing += commands(table, row, empty, os.path.normpath(args.paths[0]))
-    left = {result["run"] for result in results} - {cell.run for cell in ours.values()}
-    if left:
-        notes.append(("runs with other settings than the table's", ", ".join(sorted(left))))
-
-    # Beside the paper's: a line a method, a block a dataset.
-    print(f"## Table {args.table}: {table.title}")
-    paper = {(row["dataset"], row["method"]): row
-             for row in read_rows("paper_tables.csv", args.table)}
-    records = []
-    for dataset in table.shown:
-        block = block_of(dataset, table, ours, paper)
-        records += block
-        if all(record["runs"] in ("none yet", "paper only") for record in block):
-            print(f"\n### {dataset}: no run yet")
-            continue
-        print(f"\n### {dataset}\n")
-        header = [name.replace("hm", "HM").rpartition("_")[2] for name in list(block[0])[1:]]
-        print_markdown(header, [list(record.values())[1:] for record in block])
-        notes += [(row["note"], f"the paper's {label}, {dataset}")
-                  for (of, label), row in paper.items() if of == dataset and row["note"]]
-        if dataset == "toy":
-            print(f"\n{TOY_WARNING}")
-    print_notes(notes)
+    # Side by side, a block a dataset.
+    print(f"## Table {number}")
+    lines = [side_by_side(key, number, paper, ours) for key in dict.fromkeys((*paper, *ours))]
+    for block in data.group_by(lambda line: line["dataset"], lines).values():
+        if any(line["runs"] != "no run" for line in block):
+            print()
+            print_markdown(block)
+    print_notes(used, notes)
     if missing:
         print("\nEmpty cells, and what fills them ($DATA: the folder of the datasets)\n")
-        print("\n".join(["```", *dict.fromkeys(missing), "```"]))
+    for line in dict.fromkeys(missing):
+        print(f"    {line}")
     if args.csv:
-        data.save_csv(args.csv, [{"table": args.table} | record for record in records])
+        data.save_csv(args.csv, lines)
 
 
-def block_of(dataset, table, ours, paper):
-    """A block of a table: per method and measure ours, the paper's and the difference, as text."""
-    measures = ("accuracy",) if table.source else ("base", "novel", "hm")
-    labels = [label for of, label in (*paper, *ours) if of == dataset]
-    block = []
-    for label in dict.fromkeys(labels):
-        cell = ours.get((dataset, label), Cell({}, "paper only"))
-        record = {"dataset": dataset, "method": label}
-        for measure in measures:
-            value = cell.values.get(measure)
-            theirs = paper.get((dataset, label), {}).get(measure, "")
-            record[measure] = "" if value is None else f"{value:.2f}"
-            record[f"{measure}_paper"] = theirs
-            record[f"{measure}_diff"] = ""
-            if value is not None and theirs and cell.comparable:
-                record[f"{measure}_diff"] = f"{value - float(theirs):+.2f}"
-        block.append(record | {"runs": cell.runs})
-    return block
+def side_by_side(key, number, paper, ours):
+    """A line of a table, as text: each measure ours and the paper's, our runs, its slips."""
+    values, runs = ours.get(key, ({}, "no run"))
+    printed = paper.get(key, {})
+    line = {"dataset": key[0], "method": key[1]}
+    for measure in ("accuracy",) if number in SOURCE else ("base", "novel", "HM"):
+        line[measure] = f"{values[measure]:.2f}" if values else ""
+        line[f"{measure}_paper"] = printed.get(measure.lower(), "")
+    return line | {"runs": runs, "note": printed.get("note", "")}
 
 
 # ---------------------------------------------------------------------------- command line
 
-# Options that only mean something beside another one.
-GOES_WITH = {"csv": ("table", "images"), "output": ("figure",), "classes_from": ("images",),
-             "top": ("images",), "root": ("dataset",), "overwrite": ("dataset",),
-             "feature_cache": ("dataset",), "test_batch": ("dataset", "images")}
-
-
 def parse(argv):
-    parser = stage1.make_parser("eval.py", __doc__, ["clip"], ["images"])
+    parser = stage1.make_parser("eval.py", __doc__, ["files", "clip", "machine", "images"])
     parser.add_argument("paths", nargs="+", metavar="RUN",
                         help="a run's folder, or a folder of many, as output/; before the options")
     what = parser.add_mutually_exclusive_group()
@@ -829,23 +692,14 @@ def parse(argv):
                       help="one RUN: name the likeliest classes of these pictures, or of those in "
                            "a folder")
     parser.add_argument("--csv", metavar="FILE", help="with --table, --images: as CSV, too")
-    parser.add_argument("--output", metavar="FILE",
+    parser.add_argument("--output", metavar="FILE", default="figure4.png",
                         help="with --figure: the picture to write (default: figure4.png)")
     parser.add_argument("--classes-from", metavar="FILE",
                         help="with --images: a text file of any class names, one a line (default: "
                              "the classes that the run learnt on)")
-    parser.add_argument("--top", type=stage1.at_least(1), metavar="K",
+    parser.add_argument("--top", type=stage1.bounded(int, 1), default=5, metavar="K",
                         help="with --images: how many classes of each picture (default: 5)")
-    parser.add_argument("--root", metavar="DIR", help="with --dataset: folder that holds the "
-                        "datasets (default: the environment's DATA, else ./data)")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="with --dataset: evaluate again what is finished (default: skip it)")
-    args = parser.parse_args(argv)
-    for option, needs in GOES_WITH.items():
-        if getattr(args, option) and not any(getattr(args, need) for need in needs):
-            parser.error(f"{stage1.option_of(option)} goes with "
-                         f"{' or '.join(map(stage1.option_of, needs))}")
-    return args
+    return parser.parse_args(argv)
 
 
 def run(args):
@@ -856,11 +710,8 @@ def run(args):
     if args.table:
         return print_paper_table(args)
     results = load_results(args.paths)
-    if not results:
-        raise FileNotFoundError(f"no results.json under {', '.join(args.paths)}; train with: "
-                                "python stage2.py --dataset toy")
     if args.figure:
-        return draw_figure4(results, args.output or "figure4.png")
+        return draw_figure4(results, args.output)
     return print_results(results)
 
 

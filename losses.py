@@ -19,32 +19,20 @@ def anchor_mse(anchor_features, description_features):
 
     anchor_features (C, d): unit features of the anchor prompts t_anc, one per class.
     description_features: a list of C tensors (D_c, d), the unit features of each class's
-        descriptions t_d; or their means (C, d), not renormalised. The two differ by a constant that
-        does not depend on the anchor (the descriptions' own variance, `description_variance`), so
-        the gradient is the same and a trainer may encode D_c sentences once and then use C rows.
-    Returns a scalar. Raises ValueError when the classes or widths do not match.
+        descriptions t_d: Eq. 5 written out. Or, as Stage I has it, their means (C, d), not
+        renormalised. The two differ by a constant that does not depend on the anchor, since MSE to
+        points = MSE to their mean + the points' variance: the gradient is the same, and each of
+        the D_c sentences is encoded once.
+    Returns a scalar. Raises ValueError when the classes or the means' shapes do not match.
     """
-    if len(description_features) != len(anchor_features):
-        raise ValueError(f"anchor_mse: {len(anchor_features)} anchor features, "
-                         f"but descriptions of {len(description_features)} classes")
     if torch.is_tensor(description_features):
         if description_features.shape != anchor_features.shape:
             raise ValueError(f"anchor_mse: shapes {tuple(anchor_features.shape)} and "
                              f"{tuple(description_features.shape)} differ; means must be (C, d)")
         return (anchor_features - description_features).square().mean()
-    if any(f_des.shape[-1:] != anchor_features.shape[-1:] for f_des in description_features):
-        raise ValueError(f"anchor_mse: descriptions must be {anchor_features.shape[-1]} wide")
     per_class = [(f_anc - f_des).square().mean()               # (d,) against (D_c, d)
-                 for f_anc, f_des in zip(anchor_features, description_features)]
+                 for f_anc, f_des in zip(anchor_features, description_features, strict=True)]
     return torch.stack(per_class).mean()
-
-
-def description_variance(description_features):
-    """The constant between the two forms of Eq. 5: MSE to D_c points = MSE to their mean + this.
-
-    description_features: a list of C tensors (D_c, d). Returns a scalar.
-    """
-    return torch.stack([(f - f.mean(0)).square().mean() for f in description_features]).mean()
 
 
 def cross_entropy(logits, labels):
@@ -76,10 +64,9 @@ def distillation_kl(logits_normal, logits_ensemble, temperature):
     (The paper leaves direction and scale open. The tuned lambda_1 : lambda_2 belong to this scale.)
 
     logits_normal, logits_ensemble (B, C); temperature > 0. Returns a scalar.
-    Raises ValueError for a temperature that is not positive.
+    Raises AssertionError for a temperature that is not positive.
     """
-    if not temperature > 0:
-        raise ValueError(f"distillation_kl: the temperature must be positive, got {temperature}")
+    assert temperature > 0, temperature
     log_q_norm = F.log_softmax(logits_normal / temperature, dim=-1)
     log_q_ens = F.log_softmax(logits_ensemble.detach() / temperature, dim=-1)
     return temperature ** 2 * (log_q_ens.exp() * (log_q_ens - log_q_norm)).mean()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 
 class PositionMatrix(nn.Module):
-    """The learnable W.  `PositionMatrix(K)()` returns (K, K) with exactly one 1 in every row.
+    """The learnable W.  `PositionMatrix(K)()` returns (K, K), by default one 1 in every row.
 
     In training each call draws fresh Gumbel noise: the value is the hard assignment of Eq. 6, the
     gradient that of the soft assignment of Eq. 7 (straight-through). In eval mode it is the arg-max
@@ -29,37 +29,42 @@ class PositionMatrix(nn.Module):
     tau: the temperature of Eq. 7, > 0; smaller is sharper (Tab. S3 tries 0.1 to 4).
     test_position: "argmax", or "sample": with noise in eval mode too, as the authors' code does.
     soft_W: W-hat in value, too, in training: Eq. 9 as printed.
-    draw: "step", or "once": one noise for the whole training, as Algorithm 1 shows it.
-    Raises ValueError for a size below 1, a tau that is not positive, or another test_position.
+    draw: "step", or "once": one noise for training and test, as Algorithm 1 shows it.
+    Raises AssertionError for a tau that is not positive, or another test_position.
     """
 
     def __init__(self, size, tau=1.0, test_position="argmax", soft_W=False, draw="step"):
         super().__init__()
-        if size < 1 or not tau > 0 or test_position not in ("argmax", "sample"):
-            raise ValueError("PositionMatrix: size must be at least 1, tau positive, test_position "
-                             f"'argmax' or 'sample', not {size}, {tau}, {test_position!r}")
-        self.tau, self.test_position, self.soft_W = tau, test_position, soft_W
+        assert tau > 0 and test_position in ("argmax", "sample"), (tau, test_position)
+        self.tau = tau
+        self.test_position = test_position
+        self.soft_W = soft_W
         # Algorithm 1: pos_params = randn(N + M, N + M). Row i holds log p^i up to a constant, which
         # neither the arg-max of Eq. 6 nor the softmax of Eq. 7 can see.
         self.logits = nn.Parameter(torch.randn(size, size))
         self.register_buffer("noise", gumbel_noise(self.logits) if draw == "once" else None)
+
+    def scores(self):
+        """log p^i of each row i, (K, K), plus the noise where it was drawn once for all."""
+        return self.logits if self.noise is None else self.logits + self.noise
 
     def forward(self):
         """Returns W (K, K). One call is one sample (Algorithm 1's gumbel_softmax).
 
         One sample serves all classes, images and layers of a step.
         """
-        if not self.training and self.test_position == "argmax":
-            return hard_assignment(self.logits.detach())
-        # A draw for each of the K x K entries, as gumbel_softmax makes it (Eq. 6 writes eps_j, for
-        # each row i), anew at each call. (Algorithm 1 shows the call once, above its loop; the
-        # released code draws in every step as well.)
-        noise = gumbel_noise(self.logits) if self.noise is None else self.noise
-        scores = self.logits + noise                                # log p_j^i + eps_j
-        soft = soft_assignment(scores, self.tau)                    # Eq. 7
-        if self.soft_W and self.training:
-            return soft
+        scores = self.scores()
+        if self.noise is None and (self.training or self.test_position == "sample"):
+            # A draw for each of the K x K entries, as gumbel_softmax makes it (Eq. 6 writes eps_j,
+            # for each row i), anew at each call. (Algorithm 1 shows the call once, above its loop;
+            # the released code draws in every step as well.)
+            scores = scores + gumbel_noise(scores)                  # log p_j^i + eps_j
         hard = hard_assignment(scores)                              # Eq. 6
+        if not self.training:
+            return hard
+        soft = soft_assignment(scores, self.tau)                    # Eq. 7
+        if self.soft_W:
+            return soft
         return hard + (soft - soft.detach())        # the bracket is exactly 0: Eq. 6, to the bit
 
 
@@ -93,10 +98,7 @@ def rearrange(W, tokens):
     With M = 2, N = 1 and W = [[0, 1, 0], [0, 0, 1], [0, 1, 0]],  V_1 V_2 Anc -> V_2 Anc V_2.
     (The paper writes a circled dot; its shapes ask for the matrix product.)
     W (R, K), usually R = K; tokens (..., K, d): t_v of Eq. 8. Returns (..., R, d).
-    Raises ValueError when W has another number of columns than there are tokens.
     """
-    if W.shape[-1] != tokens.shape[-2]:
-        raise ValueError(f"rearrange: W has {W.shape[-1]} columns for {tokens.shape[-2]} tokens")
     return W.to(tokens.dtype) @ tokens
 
 
@@ -106,11 +108,9 @@ def fixed_matrix(arrangement, n_soft, n_anchor):
     "before": the anchor tokens stand before all soft tokens; "middle": after floor(M / 2) of them.
     ("After class token" is not a matter of W: there the anchor stands after the class name.)
     With M = 2 and N = 1, "before" is  Anc V_1 V_2  and "middle" is  V_1 Anc V_2.
-    n_soft = M, n_anchor = N. Returns (M + N, M + N) of 0 and 1. Raises ValueError for another name.
+    n_soft = M, n_anchor = N. Returns (M + N, M + N) of 0 and 1. Raises KeyError for another name.
     """
-    if arrangement not in ("before", "middle"):
-        raise ValueError(f"fixed_matrix: arrangement is 'before' or 'middle', got {arrangement!r}")
-    in_front = 0 if arrangement == "before" else n_soft // 2
+    in_front = {"before": 0, "middle": n_soft // 2}[arrangement]
     soft, anchor = list(range(n_soft)), list(range(n_soft, n_soft + n_anchor))
     order = soft[:in_front] + anchor + soft[in_front:]
     return torch.eye(n_soft + n_anchor)[order]
@@ -123,10 +123,7 @@ def in_words(W, n_anchor=1):
     """
     W = torch.as_tensor(W)
     names = token_names(W.shape[1], n_anchor)
-    chosen = [names[j] for j in W.argmax(1).tolist()]
-    if any(name.startswith("A") for name in chosen):
-        return " ".join(chosen)
-    return f"{' '.join(chosen)}; the anchor is not used"
+    return " ".join(names[j] for j in W.argmax(1).tolist())
 
 
 def token_names(K, n_anchor):
@@ -135,7 +132,7 @@ def token_names(K, n_anchor):
     return names + [f"A{j + 1}" for j in range(n_anchor)]
 
 
-def plot_position_matrix(W, path, n_anchor=1, title=""):
+def plot_position_matrix(W, path, n_anchor=1):
     """Fig. 4: draws W with tokens of the original sequence as columns and prompt positions as rows.
 
     W (K, K), or a dict title -> W to draw several side by side as the paper does, five in a row;
@@ -143,20 +140,16 @@ def plot_position_matrix(W, path, n_anchor=1, title=""):
     columns are anchors, or a dict title -> N. Below each W stands in words what it does.
     Raises ImportError where matplotlib is missing.
     """
-    # These need no display and change no global state of pyplot.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # It needs no display and changes no global state of pyplot.
     from matplotlib.figure import Figure
 
     # One panel, or one for each title: five in a row.
-    panels = W if isinstance(W, dict) else {title: W}
+    panels = W if isinstance(W, dict) else {"": W}
     across = min(5, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(3.2 * across, 3.8 * down), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(down, across, squeeze=False).flatten()
-    for axes in grid[len(panels):]:
-        axes.set_axis_off()
-    for axes, (name, matrix) in zip(grid, panels.items()):
+    for place, (name, matrix) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(down, across, place)
         matrix = torch.as_tensor(matrix, dtype=torch.float32).detach().cpu()
         rows, columns = matrix.shape
         N = n_anchor[name] if isinstance(n_anchor, dict) else n_anchor

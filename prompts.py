@@ -12,15 +12,14 @@ tokens, N anchor tokens, K = M + N, L context positions with [SOS], S suffix pos
 tokens of all C classes without padding, R image resolution, H attention heads, d_h a head's width.
 """
 
+import contextlib
 import copy
-import difflib
 import functools
 import hashlib
 import inspect
 import json
 import os
 import pathlib
-import re
 import warnings
 import zipfile
 
@@ -28,19 +27,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")             # clip imports the deprecated pkg_resources
-        import clip
-        import clip.model
-        from clip.simple_tokenizer import SimpleTokenizer
-except ModuleNotFoundError as error:
-    if error.name != "pkg_resources":
-        raise
-    raise ImportError("clip imports pkg_resources, which setuptools has only before version 81: "
-                      "pip install 'setuptools<81'") from None
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")     # clip imports the deprecated pkg_resources
+    import clip
+    import clip.model
+    from clip.simple_tokenizer import SimpleTokenizer
 
 from position import PositionMatrix, fixed_matrix, rearrange
 
@@ -99,15 +91,13 @@ def class_suffix(clip_model, texts, before=1, inside=None):
     """
     # What is left of CLIP's 77 tokens for a name and its full stop, with [EOT] after them?
     max_tokens = len(clip_model.positional_embedding)
-    room = max_tokens - before - 1
-    if inside is not None:
-        room -= len(inside)
+    room = max_tokens - before - 1 - (0 if inside is None else len(inside))
     names = [TOKENIZER.encode(text.removesuffix(".")) for text in texts]
     ids = [TOKENIZER.encode(text) for text in texts]
     wrong = [text for text, name, own in zip(texts, names, ids) if not name or len(own) > room]
     if wrong:
         raise ValueError(f"of CLIP's {max_tokens} tokens {max(0, room)} are left for each of these "
-                         f"texts, which have none or more: {', '.join(map(repr, wrong))}; shorten "
+                         f"texts, which need more or none: {', '.join(map(repr, wrong))}; shorten "
                          "them, or take fewer soft, anchor or attribute tokens")
 
     if inside is None:
@@ -137,11 +127,6 @@ def queries_keys_values(block, x):
     return qkv.unflatten(-1, (3 * block.attn.num_heads, -1)).transpose(1, 2)
 
 
-def merge_heads(x):
-    """(B, H, n, d_h) -> (B, n, width)."""
-    return x.transpose(1, 2).flatten(2)
-
-
 def after_attention(block, x, attended):
     """The rest of a residual block: x and attended (B, n, width) -> (B, n, width)."""
     x = x + block.attn.out_proj(attended)
@@ -153,7 +138,7 @@ def after_attention(block, x, attended):
     return x + block.mlp.c_proj(h)
 
 
-def encode_text(clip_model, context, suffix, eot, deep=None, read_back=0, class_chunk=0):
+def encode_text(clip_model, context, suffix, eot, deep=None, read_back=0):
     """f_T for C prompts that share their context: the feature at [EOT], exactly as in CLIP.
 
     CLIP's text attention is causal. So what comes after [EOT] cannot reach the feature and is
@@ -164,50 +149,28 @@ def encode_text(clip_model, context, suffix, eot, deep=None, read_back=0, class_
 
     context (..., L, d_t): [SOS] and the context, with one leading axis at most (an image's own
         context, CoCoOp).
-    suffix (C, S, d_t), eot (C numbers): see `class_suffix`.
+    suffix (C, S, d_t), eot (a tuple of C numbers): see `class_suffix`.
     deep: None, or a function (layer, context states (B, L-1, d_t) without [SOS]) -> the states to
         go on with, called before each block (Sec. 3.2.3); B = 1 where the context has no such axis.
     read_back: 0, or n: read the feature n positions before [EOT], as the released code does; that
         place may be in the context.
-    class_chunk: 0, or how many classes at a time: less memory, for a second forward pass in the
-        backward.
-    Returns (..., C, d), not normalised. Raises ValueError when L + S exceeds CLIP's context length.
+    Returns (..., C, d), not normalised. L + S must be within CLIP's 77, see `class_suffix`.
     """
-    L, S = context.shape[-2], suffix.shape[1]
-    max_tokens = len(clip_model.positional_embedding)               # 77
-    if L + S > max_tokens:
-        raise ValueError(f"a prompt of {L + S} tokens is longer than CLIP's {max_tokens}")
     contexts = context if context.dim() == 3 else context.unsqueeze(0)          # (B, L, d_t)
-    n = _classes_at_once(len(suffix), len(contexts), class_chunk, suffix.device)
-    eot = tuple(int(place) for place in eot)
-
-    features = []
-    for start in range(0, len(suffix), n):
-        chunk = (clip_model, contexts, suffix[start:start + n], eot[start:start + n], deep,
-                 read_back)
-        if n < len(suffix) and torch.is_grad_enabled():
-            # The second pass draws nothing: W was sampled before, when the context was made.
-            of_chunk = checkpoint(_encode_classes, *chunk, use_reentrant=False,
-                                  preserve_rng_state=False)
-        else:
-            of_chunk = _encode_classes(*chunk)
-        features.append(of_chunk)                                               # (B, n, d)
-    features = torch.cat(features, dim=1) if len(features) > 1 else features[0]
-    return features.reshape(*context.shape[:-2], len(suffix), -1)
-
-
-def _classes_at_once(n_classes, n_contexts, class_chunk, device):
-    """How many classes `encode_text` takes at a time."""
-    n = class_chunk or n_classes
+    n = len(suffix)
     if not torch.is_grad_enabled():
         # Bounds the memory of a test batch; on a CPU 512 prompts are also 2x faster than 5,000.
-        prompts = 512 if device.type == "cpu" else 8192
-        n = min(n, max(1, prompts // n_contexts))
-    return n
+        prompts = 512 if suffix.device.type == "cpu" else 8192
+        n = max(1, prompts // len(contexts))                        # classes at a time
+    features = []
+    for start in range(0, len(suffix), n):
+        features.append(_encode_classes(clip_model, contexts, suffix[start:start + n],
+                                        eot[start:start + n], deep, read_back))     # (B, n, d)
+    return torch.cat(features, dim=1).reshape(*context.shape[:-2], len(suffix), -1)
 
 
 def _encode_classes(clip_model, contexts, suffix, eot, deep, read_back):
-    """`encode_text` for one chunk of C classes and B contexts (B, L, d_t) -> (B, C, d).
+    """`encode_text` for C classes at a time and B contexts (B, L, d_t) -> (B, C, d).
 
     The slow, obvious way that it equals, 77 positions for every class, is `encode_77` in
     tests/reference.py.
@@ -260,7 +223,8 @@ def _encode_classes(clip_model, contexts, suffix, eot, deep, read_back):
         from_class = (A_class @ v_class).flatten(2, 3)              # (B, H, C S, d_h)
         of_class = (from_context + from_class).index_select(2, packed)          # (B, H, T, d_h)
 
-        attended = merge_heads(torch.cat([of_context, of_class], dim=2))        # (B, L + T, d_t)
+        attended = torch.cat([of_context, of_class], dim=2)         # (B, H, L + T, d_h)
+        attended = attended.transpose(1, 2).flatten(2)              # (B, L + T, d_t)
         if block is blocks[-1]:                 # of the last states only those that are read
             h = h.index_select(1, read)                             # (B, C, d_t)
             attended = attended.index_select(1, read)
@@ -294,19 +258,15 @@ def _places(eot, S, L, read_back, device):
     return packed.to(device), grid.to(device), read.to(device)
 
 
-def encode_sentences(clip_model, sentences, batch_size=256):
+@torch.no_grad()
+def encode_sentences(clip_model, sentences):
     """f_T of whole sentences, each after [SOS]: (n, d), not normalised, without gradient.
 
     The same as `clip_model.encode_text(clip.tokenize(sentences))` without the padding. Raises
     ValueError naming the sentences that are too long for CLIP or have no tokens.
     """
-    sos = embed(clip_model, [SOS])
-    features = []
-    with torch.no_grad():
-        for start in range(0, len(sentences), batch_size):
-            suffix, eot = class_suffix(clip_model, sentences[start:start + batch_size])
-            features.append(encode_text(clip_model, sos, suffix, eot))
-    return torch.cat(features)
+    suffix, eot = class_suffix(clip_model, sentences)
+    return encode_text(clip_model, embed(clip_model, [SOS]), suffix, eot)
 
 
 # --------------------------------------------------------------------------- f_I, the image encoder
@@ -351,8 +311,8 @@ def _encode_vit(clip_model, images, tokens=()):
         q, k, v = queries_keys_values(block, x).chunk(3, dim=1)         # (B, H, 1 + n + M, d_h)
         if block is blocks[-1]:                 # of the last states only the first is read
             q, x = q[:, :, :1], x[:, :1]
-        attended = merge_heads(F.scaled_dot_product_attention(q, k, v))
-        x = after_attention(block, x, attended)
+        attended = F.scaled_dot_product_attention(q, k, v)              # (B, H, 1 + n + M, d_h)
+        x = after_attention(block, x, attended.transpose(1, 2).flatten(2))
     return layer_norm(visual.ln_post, x[:, 0]) @ visual.proj
 
 
@@ -370,8 +330,8 @@ class PlainTemplate(nn.Module):
     `soft_tokens` (M, d_t), the V above;
     `length`, how many positions its context has;
     `position_matrix`, the `PositionMatrix` that learns W, or None;
-    a call, given None or a shift (B, d_t) for the soft tokens (CoCoOp), that returns the context
-        (..., length, d_t) and the W that made it, or None;
+    a call, given 0 or an image's shift (B, 1, d_t) of all soft tokens (CoCoOp), that returns the
+        context (..., length, d_t) and the W that made it, or None;
     `deepen`, the deep variant's rule for what enters a deeper block.
     """
     anchor_in_suffix = False
@@ -384,19 +344,13 @@ class PlainTemplate(nn.Module):
         if n_soft <= len(start):
             self.soft_tokens.data.copy_(start[:n_soft])
         # "of a" in  [V_1] [V_2] of a [CLS]: not learnt, and not saved, since `words` say it.
-        self.register_buffer("rest", start[n_soft:], persistent=False)
+        self.rest = start[n_soft:]
         self.length = n_soft + len(self.rest)
 
-    def forward(self, shift=None):
-        """The context, (..., length, d_t), and None: there is no W. shift: None or (B, d_t)."""
-        V = self.shifted(shift)
+    def forward(self, shift=0):
+        """The context, (..., length, d_t), and None: there is no W. shift: 0, or (B, 1, d_t)."""
+        V = self.soft_tokens + shift                                # (M, d_t), or (B, M, d_t)
         return torch.cat([V, self.rest.expand(*V.shape[:-2], -1, -1)], dim=-2), None
-
-    def shifted(self, shift=None):
-        """The soft tokens (M, d_t); or each of them plus an image's shift (CoCoOp): (B, M, d_t)."""
-        if shift is None:
-            return self.soft_tokens
-        return self.soft_tokens + shift.unsqueeze(-2)
 
     def deepen(self, W, V_l, hidden):
         """MaPLe, Fig. 3a: this layer's V_l (M, d_t) replaces the states of the soft tokens."""
@@ -410,27 +364,22 @@ class AttributeTemplate(PlainTemplate):
 
     attributes: 1 to 3 words. Each (all of its tokens) stands after m = M soft tokens of its own:
         M = 2 and ["color", "shape"] give  V_a V_a color  V_b V_b shape  V_1 V_2,  8 positions.
-    Raises ValueError for no attribute, or one without tokens.
     """
 
     def __init__(self, clip_model, n_soft, attributes):
         super().__init__(clip_model, n_soft)
-        if not attributes or not all(TOKENIZER.encode(word) for word in attributes):
-            raise ValueError(f"attributes {attributes}: each must have tokens, as shape has")
         # ATPrompt starts these at a standard deviation of 0.01, and the others at 0.02.
         self.attribute_soft_tokens = nn.ParameterList(new_tokens(clip_model, n_soft, 0.01)
                                                       for _ in attributes)
-        for i, word in enumerate(attributes):
-            Anc = embed(clip_model, TOKENIZER.encode(word))
-            self.register_buffer(f"word_{i}", Anc, persistent=False)
-            self.length += n_soft + len(Anc)
+        self.words = [embed(clip_model, TOKENIZER.encode(word)) for word in attributes]     # Anc^e
+        self.length += sum(n_soft + len(Anc) for Anc in self.words)
 
-    def forward(self, shift=None):
-        """Eq. 3 up to its [CLS], (..., length, d_t), and None. shift: None or (B, d_t)."""
+    def forward(self, shift=0):
+        """Eq. 3 up to its [CLS], (..., length, d_t), and None. shift: 0, or (B, 1, d_t)."""
         parts = []
-        for i, V_a in enumerate(self.attribute_soft_tokens):
-            parts += [V_a, getattr(self, f"word_{i}")]
-        V = self.shifted(shift)                     # only the class-related V are shifted
+        for V_a, Anc in zip(self.attribute_soft_tokens, self.words):
+            parts += [V_a, Anc]
+        V = self.soft_tokens + shift                # only the class-related V are shifted
         attributes = torch.cat(parts).expand(*V.shape[:-2], -1, -1)
         return torch.cat([attributes, V], dim=-2), None
 
@@ -460,19 +409,19 @@ class AnchorTemplate(PlainTemplate):
         self.length = n_soft if self.anchor_in_suffix else n_soft + n_anchor
         if arrangement == "adaptive":                               # theta_pos
             self.position_matrix = PositionMatrix(n_soft + n_anchor, **matrix).to(device)
-        elif self.anchor_in_suffix:
+            return
+        if self.anchor_in_suffix:
             W = torch.eye(n_soft, n_soft + n_anchor)                # no row takes an anchor
-            self.register_buffer("fixed_W", W.to(device), persistent=False)
         else:
             W = fixed_matrix(arrangement, n_soft, n_anchor)
-            self.register_buffer("fixed_W", W.to(device), persistent=False)
+        self.fixed_W = W.to(device)
 
-    def forward(self, shift=None):
-        """Eq. 9 up to its [CLS], (..., length, d_t), and its W. shift: None or (B, d_t)."""
+    def forward(self, shift=0):
+        """Eq. 9 up to its [CLS], (..., length, d_t), and its W. shift: 0, or (B, 1, d_t)."""
         # W first: a sample of Eq. 6. With M = 2 and N = 1, rows that choose the columns 2, 3, 2
         # make  V_2 Anc V_2  of  t_v = V_1 V_2 Anc.
         W = self.fixed_W if self.position_matrix is None else self.position_matrix()
-        V = self.shifted(shift)                                     # the anchor is not shifted
+        V = self.soft_tokens + shift                                # the anchor is not shifted
         anchor = self.anchor_tokens.expand(*V.shape[:-2], -1, -1)
         t_v = torch.cat([V, anchor], dim=-2)                        # Eq. 8: (..., K, d_t)
         # Eq. 9 except its [CLS], which joins in `_encode_classes`: (..., length, d_t)
@@ -502,7 +451,7 @@ class CoOp(nn.Module):
     """CoOp: one context for all classes and images. The learner that the other baselines extend.
 
     template: one of the templates above. read_back: 0, or N where the feature is read as in the
-    released code; class_chunk: see `encode_text`.
+    released code.
     A learner maps the frozen CLIP's image features f (B, d), not normalised, to logits (B, C);
     `set_classes(names)` rebinds the learnt prompt to other classes. It lives on the device of its
     clip_model: build it there, since `.to(device)` would leave CLIP and the class tokens behind.
@@ -512,14 +461,13 @@ class CoOp(nn.Module):
     prompts_per_image = False       # True where every image has a prompt of its own
     ensemble = "logits"             # what its ensemble with the anchor prompt averages
 
-    def __init__(self, clip_model, class_names, template, read_back=0, class_chunk=0):
+    def __init__(self, clip_model, class_names, template, read_back=0):
         super().__init__()
         object.__setattr__(self, "clip_model", clip_model)     # not a submodule: not ours to save
         self.template = template
         self.read_back = read_back
-        self.class_chunk = class_chunk
         self.base_class_names = list(class_names)
-        self.register_buffer("sos", embed(clip_model, [SOS]), persistent=False)
+        self.sos = embed(clip_model, [SOS])
         self.set_classes(class_names)
 
     def set_classes(self, class_names):
@@ -536,8 +484,7 @@ class CoOp(nn.Module):
         """context (..., length, d_t) -> f_T of it and each [CLS], not normalised: (..., C, d)."""
         sos = self.sos.to(context.dtype).expand(*context.shape[:-2], -1, -1)
         context = torch.cat([sos, context], dim=-2)                             # (..., L, d_t)
-        return encode_text(self.clip_model, context, self.suffix, self.eot, deep, self.read_back,
-                           self.class_chunk)
+        return encode_text(self.clip_model, context, self.suffix, self.eot, deep, self.read_back)
 
     def text_features(self, f_img=None):
         """f_T(t_norm), not normalised: (C, d), or (B, C, d) with `prompts_per_image`."""
@@ -580,7 +527,8 @@ class CoCoOp(CoOp):
         """f_T(t_norm) for each of the images f_img (B, d), not normalised: (B, C, d)."""
         u = unit(f_img).to(self.meta_net[0].weight.dtype)
         # Shift first, then W: a token that W repeats is shifted alike in each place.
-        context, W = self.template(self.meta_net(u))                # shift (B, d_t)
+        shift = self.meta_net(u).unsqueeze(1)                       # (B, 1, d_t)
+        context, W = self.template(shift)
         return self.encode_context(context)                         # (B, C, d)
 
 
@@ -595,7 +543,13 @@ class MaPLe(CoOp):
     needs_images = True
 
     def __init__(self, clip_model, class_names, template, depth=9, **options):
-        check_depth(clip_model, depth)
+        if not is_plain_vit(clip_model):
+            raise ValueError("MaPLe prompts OpenAI's kind of vision transformer, and this CLIP's "
+                             "image tower is another (a ResNet, EVA, ConvNeXt, ...)")
+        layers = min(len(tower.resblocks) for tower in
+                     (clip_model.transformer, clip_model.visual.transformer))
+        if not 1 <= depth <= layers:
+            raise ValueError(f"depth {depth}: this CLIP's towers share {layers} blocks")
         super().__init__(clip_model, class_names, template, **options)
         d_v = clip_model.visual.conv1.weight.shape[0]
         M, d_t = template.soft_tokens.shape
@@ -625,18 +579,6 @@ class MaPLe(CoOp):
         return encode_image(self.clip_model, images, visual_tokens)
 
 
-def check_depth(clip_model, depth):
-    """Raises ValueError where MaPLe cannot prompt the first `depth` blocks of both towers."""
-    if not is_plain_vit(clip_model):
-        raise ValueError("MaPLe prompts OpenAI's kind of vision transformer, and this CLIP's image "
-                         "tower is another (a ResNet, EVA, ConvNeXt, ...)")
-    layers = min(len(clip_model.transformer.resblocks),
-                 len(clip_model.visual.transformer.resblocks))
-    if not 1 <= depth <= layers:
-        raise ValueError(f"depth {depth}: this CLIP's towers share {layers} blocks, "
-                         f"so a depth of 1 to {layers} is possible")
-
-
 class DePT(CoOp):
     """DePT on CoOp: beside the image-text matching (ITM) head, a head for the base classes alone.
 
@@ -646,37 +588,35 @@ class DePT(CoOp):
 
     def __init__(self, clip_model, class_names, template, w_cat=0.7, **options):
         super().__init__(clip_model, class_names, template, **options)
-        d, device = clip_model.text_projection.shape[1], self.sos.device
+        d = clip_model.text_projection.shape[1]
         self.w_cat = w_cat
-        self.scale_image = nn.Parameter(torch.ones(d, device=device))
-        self.scale_text = nn.Parameter(torch.ones(d, device=device))
-        self.bias_image = nn.Parameter(torch.zeros(d, device=device))
-        self.bias_text = nn.Parameter(torch.zeros(d, device=device))
-        self.head = nn.Linear(d, len(class_names)).to(device)
+        self.scale_image = nn.Parameter(torch.ones(d))
+        self.scale_text = nn.Parameter(torch.ones(d))
+        self.bias_image = nn.Parameter(torch.zeros(d))
+        self.bias_text = nn.Parameter(torch.zeros(d))
+        self.head = nn.Linear(d, len(class_names))
+        self.to(self.sos.device)
 
-    def head_of_images(self, f_img):
-        """The head's logits of image features (B, d): (B, C_base)."""
-        return self.head(f_img.to(self.scale_image.dtype) * self.scale_image + self.bias_image)
-
-    def head_of_texts(self, f_text):
-        """The head's logits of text features (n, d): (n, C_base)."""
-        return self.head(f_text.to(self.scale_text.dtype) * self.scale_text + self.bias_text)
+    def head_logits(self, features, scale, bias):
+        """The head's logits of image or text features (n, d): (n, C_base)."""
+        return self.head(features.to(scale.dtype) * scale + bias)
 
     def own_loss(self, ce, f_img, f_norm, labels):
         """(1 - w_cat) CE_itm + w_cat CE_cat; CE_cat is over B texts (the labels') and B images."""
         # Each image's label picks the text of its class, so both halves have B rows.
-        of_texts = self.head_of_texts(f_norm[labels])               # (B, C_base)
-        of_images = self.head_of_images(f_img)                      # (B, C_base)
+        of_texts = self.head_logits(f_norm[labels], self.scale_text, self.bias_text)
+        of_images = self.head_logits(f_img, self.scale_image, self.bias_image)  # (B, C_base)
         ce_cat = F.cross_entropy(torch.cat([of_texts, of_images]), torch.cat([labels, labels]))
         return (1 - self.w_cat) * ce + self.w_cat * ce_cat
 
     def forward(self, f, images=None):
-        """Base classes: (1 - w_cat) ITM logits + w_cat head logits. Other classes: ITM logits."""
+        """The base classes, in order: (1 - w_cat) ITM logits + w_cat head logits; else ITM's."""
         # For inference alone: training has the ITM head's logits, and `own_loss` for the other.
         itm = super().forward(f, images)
         if self.class_names != self.base_class_names:
             return itm
-        return (1 - self.w_cat) * itm + self.w_cat * self.head_of_images(f)
+        of_images = self.head_logits(f, self.scale_image, self.bias_image)
+        return (1 - self.w_cat) * itm + self.w_cat * of_images
 
 
 class ZeroShot(CoOp):
@@ -710,16 +650,15 @@ def build_learner(settings, clip_model, class_names, anchor_tokens=None):
     """The learner that saved settings describe, with fresh values; then load its state dict.
 
     settings: a dict as stage2.py saves it (baseline, template, soft_tokens, ...). anchor_tokens
-    (N, d_t): needed by template "anchoropt".
-    Raises ValueError for anchors of another width than CLIP's, KeyError for an unknown baseline.
+    (N, d_t): of the template "anchoropt"; None: zeros, in whose place they come later.
+    Raises ValueError where the CLIP or the names do not suit, KeyError for an unknown baseline.
     """
     baseline, template_name = settings["baseline"], settings["template"]
     if baseline == "clip":
         return ZeroShot(clip_model, class_names, settings["prompt"])
 
     # Three templates,
-    options = {"class_chunk": settings.get("class_chunk", 0)}
-    M = settings["soft_tokens"]
+    M, options = settings["soft_tokens"], {}
     if template_name == "plain":
         words = settings.get("start_words", "")
         if baseline != "maple":             # MaPLe alone keeps words beyond the first M
@@ -728,8 +667,11 @@ def build_learner(settings, clip_model, class_names, anchor_tokens=None):
     elif template_name == "atprompt":
         template = AttributeTemplate(clip_model, M, settings["attributes"])
     else:
-        check_width(clip_model, anchor_tokens)
-        matrix = {key: settings[key] for key in ("tau", "test_position", "soft_W", "draw")}
+        if anchor_tokens is None:
+            anchor_tokens = torch.zeros(settings["anchor_length"], len(clip_model.ln_final.weight))
+        # A fixed W has none of these settings.
+        matrix = {key: settings[key] for key in ("tau", "test_position", "soft_W", "draw")
+                  if key in settings}
         template = AnchorTemplate(clip_model, M, anchor_tokens, settings["arrangement"], **matrix)
         if settings["feature_at"] == "released":
             options["read_back"] = len(anchor_tokens)
@@ -741,14 +683,6 @@ def build_learner(settings, clip_model, class_names, anchor_tokens=None):
     learner = BASELINES[baseline](clip_model, class_names, template, **options)
     learner.ensemble = settings.get("ensemble", "logits")
     return learner
-
-
-def check_width(clip_model, anchor_tokens):
-    """Raises ValueError where there are no anchor tokens, or they are not as wide as CLIP's."""
-    width = clip_model.token_embedding.weight.shape[1]
-    if anchor_tokens is None or anchor_tokens.shape[1] != width:
-        found = None if anchor_tokens is None else tuple(anchor_tokens.shape)
-        raise ValueError(f"this CLIP needs anchor tokens (N, {width}), not {found}")
 
 
 # ---------------------------------------------------------------------------- loading CLIP
@@ -774,13 +708,13 @@ def load_clip(name_or_path, device="cpu", dtype=None):
     dtype: of its weights, default float16 on CUDA and float32 elsewhere. In half precision CLIP's
         own rule leaves LayerNorms and embeddings in float32.
     Returns a `clip.model.CLIP`, or open_clip's model with the same names for its text tower. Raises
-    FileNotFoundError for an unknown name or missing weights, and ValueError for what holds no CLIP,
+    FileNotFoundError for an unknown name, and ValueError for what holds no CLIP or lacks weights,
     a text tower that is not CLIP's, or a device that is not there. All files are read as data: no
     code of theirs is ever run.
     """
     # Does a kernel run there? Better asked now than after a minute of loading.
     try:
-        torch.zeros(1, device=device).add(1).item()
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {device} cannot be used here ({reason}): see --device") from error
@@ -793,19 +727,22 @@ def load_clip(name_or_path, device="cpu", dtype=None):
     if name == "toy":
         model = _openai_architecture(_toy_state_dict())
     elif name in clip.available_models():
-        model = clip.load(name, device="cpu", jit=False)[0].float()     # fetched; SHA-256 checked
+        try:
+            model = clip.load(name, device="cpu", jit=False)[0].float()     # fetched, and checked
+        except OSError as error:
+            raise OSError(f"CLIP {name}: {error}; offline give its file with --clip") from error
     elif os.path.isdir(name):
         model = _load_huggingface(pathlib.Path(name))
     elif os.path.isfile(name):
         model = _load_file(name)
     else:
-        near = difflib.get_close_matches(name.replace("-", "/"), clip.available_models(), 1, 0.7)
-        known = ["toy", *clip.available_models(), "open_clip:ARCHITECTURE:TAG"]
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        raise FileNotFoundError(f"CLIP {name} is no file, folder or known name; {hint}")
-    model = model.to(device).eval().requires_grad_(False)
-    _set_precision(model, dtype)
-    return model
+        raise FileNotFoundError(f"CLIP {name} is no file, folder or known name; known: toy, "
+                                f"{', '.join(clip.available_models())}, open_clip:ARCHITECTURE:TAG")
+    if dtype == torch.float16:
+        clip.model.convert_weights(model)
+    else:
+        model.to(dtype)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def preprocess_of(clip_model):
@@ -839,39 +776,22 @@ def sha256(path):
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 
-def read_as_data(file, device="cpu"):
-    """`torch.load` of a path or an open file as data, never code, after a look at the checksums.
+def read_as_data(file):
+    """`torch.load` of a file as data, never code, after a look at the checksums.
 
-    Raises FileNotFoundError, PermissionError, or ValueError for a damaged or foreign file.
+    Raises OSError where it cannot be opened, or ValueError for a damaged or foreign file.
     """
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if archive.testzip():       # torch.load takes a flipped bit for another number
                     raise ValueError("its checksums differ")
-        if hasattr(file, "seek"):
-            file.seek(0)
-        return torch.load(file, map_location=device, weights_only=True)
-    except (FileNotFoundError, PermissionError, torch.OutOfMemoryError, MemoryError):
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
         raise
     except Exception as error:              # unpicklers fail in many ways on damaged files
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign:
-            raise ValueError(f"it asks for {foreign[1]}, which is code and not data; save tensors "
-                             "alone, as state_dict() returns them") from error
-        raise ValueError("damaged, or not written by torch.save") from error
-
-
-def _set_precision(model, dtype):
-    """All parameters get `dtype`; half precision only those that may have it by CLIP's own rule."""
-    if dtype in (torch.float32, torch.float64):
-        model.to(dtype)
-        return
-    exact = {name: parameter.data for name, parameter in model.named_parameters()}
-    clip.model.convert_weights(model)                               # rounds them to float16
-    for name, parameter in model.named_parameters():
-        if parameter.dtype == torch.float16:
-            parameter.data = exact[name].to(dtype)
+        raise ValueError("damaged, or more than the tensors that torch.save(state_dict) writes: "
+                         "code in it is not run") from error
 
 
 def _toy_state_dict():
@@ -893,16 +813,10 @@ def _load_file(path):
         return clip.load(path, device="cpu", jit=False)[0].float()
     try:
         return _openai_architecture(read_as_data(path))
-    except (ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"{path} holds no CLIP of OpenAI's architecture ({_short(error)}); other "
+    except Exception as error:              # a state dict may hold anything
+        raise ValueError(f"{path} holds no CLIP of OpenAI's architecture ({error!r:.160}); other "
                          "files: --clip open_clip:ARCHITECTURE:FILE, or a HuggingFace folder with "
                          "its config.json") from error
-
-
-def _short(error):
-    """An error in one line that fits beside other words."""
-    reason = " ".join((str(error) or type(error).__name__).split())
-    return reason if len(reason) < 160 else reason[:160] + " ..."
 
 
 def _openai_architecture(state):
@@ -911,8 +825,6 @@ def _openai_architecture(state):
     state = {key: value for key, value in state.items() if key not in told}
     model = clip.model.build_model(dict(state)).float()     # has rounded them to float16,
     model.load_state_dict(state)                            # so once more
-    if len(model.token_embedding.weight) != len(TOKENIZER.encoder):
-        raise ValueError("its token table has another vocabulary than CLIP's")
     return model
 
 
@@ -935,43 +847,39 @@ HUGGINGFACE = {
     ".mlp.fc2.": ".mlp.c_proj.",
 }
 ACTIVATIONS = {"quick_gelu": clip.model.QuickGELU, "gelu": nn.GELU}
+# What a config.json leaves out is as in HuggingFace's own defaults.
+CONFIG = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8,
+          "hidden_act": "quick_gelu"}
+VISION_CONFIG = CONFIG | {"hidden_size": 768, "num_attention_heads": 12, "image_size": 224,
+                          "patch_size": 32}
 
 
 def _load_huggingface(folder):
     """HuggingFace's CLIPModel in a folder: config.json says what its weights do not."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        # What a config leaves out is as in the model that HuggingFace's defaults describe.
-        text = {"num_attention_heads": 8, "hidden_act": "quick_gelu"} | config["text_config"]
-        vision = {"num_attention_heads": 12, "hidden_act": "quick_gelu", "image_size": 224,
-                  "patch_size": 32} | config["vision_config"]
+        text, vision = CONFIG | config["text_config"], VISION_CONFIG | config["vision_config"]
         if (folder / "model.safetensors").is_file():
             import safetensors.torch
             state = safetensors.torch.load_file(folder / "model.safetensors")
         else:
             state = read_as_data(folder / "pytorch_model.bin")
         state = _openai_keys(state)
-        d_v, d = state["visual.proj"].shape
-        layers = {key.rpartition(".ln_1.weight")[0] for key in state if key.endswith("ln_1.weight")}
-        of_vision = sum(key.startswith("visual.") for key in layers)
-        tokens, d_t = state["token_embedding.weight"].shape
+        d = state["visual.proj"].shape[1]
+        shape = vision["image_size"], vision["patch_size"]
         # OpenAI's class makes its vision heads 64 wide. So it gets a stub first, then the tower.
-        model = clip.model.CLIP(d, vision["image_size"], 1, 64, vision["patch_size"],
-                                len(state["positional_embedding"]), tokens, d_t,
-                                text["num_attention_heads"], len(layers) - of_vision)
+        model = clip.model.CLIP(d, shape[0], 1, 64, shape[1], len(state["positional_embedding"]),
+                                len(TOKENIZER.encoder), text["hidden_size"],
+                                text["num_attention_heads"], text["num_hidden_layers"])
         model.visual = clip.model.VisionTransformer(
-            vision["image_size"], vision["patch_size"], d_v, of_vision,
+            *shape, vision["hidden_size"], vision["num_hidden_layers"],
             vision["num_attention_heads"], d)
         for tower, own in ((model.transformer, text), (model.visual.transformer, vision)):
             for block in tower.resblocks:
                 block.mlp.gelu = ACTIVATIONS[own["hidden_act"]]()
         model.load_state_dict(state)
-    except ImportError:
-        raise ValueError(f"{folder} has safetensors: pip install safetensors") from None
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:              # a config may say anything
-        raise ValueError(f"{folder} holds no CLIPModel of HuggingFace ({_short(error)})") from error
+    except Exception as error:              # a config may say anything; safetensors be missing
+        raise ValueError(f"{folder} holds no CLIPModel of HuggingFace ({error!r:.160})") from error
     return model
 
 
@@ -999,11 +907,10 @@ TEXT_TOWER = ("token_embedding", "positional_embedding", "transformer", "ln_fina
 
 def _load_open_clip(name, device, dtype):
     """A CLIP of open_clip's, whose text tower `encode_text` computes as open_clip does."""
-    try:
-        import open_clip
-    except ImportError:
-        raise ValueError(f"{name} needs open_clip: pip install open_clip_torch") from None
-    architecture, pretrained, quick_gelu = name, None, False
+    import open_clip                        # pip install open_clip_torch
+
+    architecture, pretrained = name, None
+    quick_gelu = False
     if name.startswith("open_clip:"):
         architecture, _, pretrained = name.removeprefix("open_clip:").partition(":")
         if not pretrained:
@@ -1011,30 +918,28 @@ def _load_open_clip(name, device, dtype):
         # Some tags need this, and open_clip merely warns.
         tag = open_clip.get_pretrained_cfg(architecture, pretrained)
         quick_gelu = bool(tag.get("quick_gelu"))
-    precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    precision = "fp16" if dtype == torch.float16 else "fp32"
     try:
         model = open_clip.create_model(architecture, pretrained, precision=precision,
                                        device=device, force_quick_gelu=quick_gelu)
         text = getattr(model, "text", model)
         for part in TEXT_TOWER:             # under the names that OpenAI's have
             setattr(model, part, getattr(text, part))
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
+        model.eval().requires_grad_(False)
+        model.dtype = dtype
+        model.preprocess = open_clip.get_model_preprocess_cfg(model)
+        if isinstance(model.preprocess["size"], int):
+            model.preprocess["size"] = (model.preprocess["size"],) * 2
+        _check_towers(model)
     except Exception as error:              # of any of the libraries that it loads with
-        raise ValueError(f"open_clip gives no CLIP for {name} ({_short(error)})") from error
-    model.eval().requires_grad_(False)
-    model.dtype = dtype
-    model.preprocess = open_clip.get_model_preprocess_cfg(model)
-    if isinstance(model.preprocess["size"], int):
-        model.preprocess["size"] = (model.preprocess["size"],) * 2
-    model.plain_vit = False                 # until an image says so
-    _check_towers(model, name)
+        raise ValueError(f"open_clip has no CLIP of OpenAI's kind for {name} ({error!r:.160})"
+                         ) from error
     return model
 
 
 @torch.no_grad()
-def _check_towers(model, name):
-    """Is what this module writes out what the model computes? ValueError for a text tower's no.
+def _check_towers(model):
+    """Is what this module writes out what the model computes? Raises for another text tower.
 
     Sets `plain_vit`: may `encode_image` do the same with its image tower, and MaPLe prompt it?
     """
@@ -1042,19 +947,12 @@ def _check_towers(model, name):
         return float((ours - theirs).float().abs().max() / theirs.float().abs().max())
 
     allowed = 1e-3 if model.dtype == torch.float32 else 5e-2
-    sentence = "a photo of a cat."
+    model.plain_vit = False                 # until an image says so
     device = model.logit_scale.device
-    try:
-        ids = clip.tokenize(sentence, len(model.positional_embedding)).to(device)
-        theirs = model.encode_text(ids)
-        off = differ(encode_sentences(model, [sentence]), theirs)
-    except (RuntimeError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{name} has another text tower than CLIP's ({_short(error)})") from error
+    ids = clip.tokenize("a photo of a cat.", len(model.positional_embedding)).to(device)
+    off = differ(encode_sentences(model, ["a photo of a cat."]), model.encode_text(ids))
     if not off < allowed:
-        raise ValueError(f"{name} has another text tower than CLIP's: computed as CLIP's, a "
-                         f"sentence's feature is off by {off:.1%}")
+        raise ValueError(f"its text tower is another: computed as CLIP's, it is off by {off:.1%}")
     image = torch.rand(1, 3, *model.preprocess["size"], device=device)
-    try:
+    with contextlib.suppress(RuntimeError, AttributeError, TypeError):      # another kind of tower
         model.plain_vit = differ(_encode_vit(model, image), encode_image(model, image)) < allowed
-    except (RuntimeError, AttributeError, TypeError):
-        model.plain_vit = False

@@ -10,16 +10,12 @@ rows; writes prompt.pt (what was learnt, with its settings), results.json, log.c
 position.png (Fig. 4) to output/<dataset>/<baseline>-<template>[,changed settings]/seed<k>/.
 """
 
-import stage1                       # first of the modules that need clip: it says what is missing
-
-import contextlib
 import functools
-import os
 import platform
-import subprocess
 import sys
 
-import numpy
+import stage1                       # first: it says what is missing
+
 import PIL
 import torch
 import torchvision
@@ -27,9 +23,9 @@ import torchvision
 import data
 import eval as evaluation
 import losses
-from anchor import AnchorPrompt, anchor_features
+from anchor import AnchorPrompt, anchor_features, load_anchor
 from position import hard_assignment, in_words, plot_position_matrix
-from prompts import BASELINES, TEMPLATES, build_learner, clip, preprocess_of, sha256
+from prompts import build_learner, preprocess_of, sha256
 
 
 # -------------------------------------------------------------------- the method
@@ -38,14 +34,14 @@ def adapt(learner, run, epochs, features, labels, anchor=None):
     """Stage II: minimises Eq. 12 over theta_s, theta_pos and what the baseline adds.
 
     learner: from `prompts.build_learner`, on the C base classes. run: a `stage1.Run`, of whose
-    settings it needs batch_size, lambda_1, lambda_2 and temperature; all chance in an epoch comes
-    from its seed and the epoch's number. epochs: the `stage1.Epochs` to go through; their first
-    optimizer has the learner's parameters. features: gives for each of these epochs the n few-shot
-    images' f (n, d), the frozen CLIP's features, and their crops (n, 3, R, R), uint8 on the CPU; f
-    is None for MaPLe without distillation, crops are None except for MaPLe (see
+    settings it needs batch_size, lambda_1, lambda_2, temperature and anchor_length; all chance in
+    an epoch comes from its seed and the epoch's number. epochs: the `stage1.Epochs` to go through;
+    their first optimizer has the learner's parameters. features: gives for each of these epochs the
+    n few-shot images' f (n, d), the frozen CLIP's features, and their crops (n, 3, R, R), uint8 on
+    the CPU; f is None for MaPLe without distillation, crops are None except for MaPLe (see
     `data.epoch_features`). labels (n,): on CLIP's device. anchor: the unit features f_anc (C, d) of
-    the frozen anchor prompts, whose ensemble with the prompt teaches it; a `OneStage`, which learns
-    them in each step; or None.
+    the frozen anchor prompts, whose ensemble with the prompt teaches it; or, for one-stage training
+    (Sec. 3.2.4, S1), what `stage1.anchor_step` takes, a tuple; or None.
     Raises ValueError for a loss that is not finite, and for an image that cannot be read.
     """
     settings, device = run.settings, labels.device
@@ -53,7 +49,7 @@ def adapt(learner, run, epochs, features, labels, anchor=None):
     preprocess = preprocess_of(learner.clip_model)
     batch_size = settings["batch_size"]
     f_anc = anchor if torch.is_tensor(anchor) else None
-    one_stage = anchor if isinstance(anchor, OneStage) else None
+    one_stage = isinstance(anchor, tuple)
     learner.train()                                         # so W is sampled: Eq. 6 with its noise
 
     # stage 2: adaptation
@@ -68,8 +64,10 @@ def adapt(learner, run, epochs, features, labels, anchor=None):
             y = labels[i]                                                   # (B,)
             f = None if f_all is None else f_all[i]                         # (B, d)
             x = None if crops is None else data.normalize(crops[on_cpu], preprocess, device)
-            if one_stage is not None:
-                one_stage.step()                            # theta_a, by Eq. 5
+            if one_stage:                   # the first half of its step: theta_a, by Eq. 5
+                stage1.anchor_step(*anchor)
+                if learner.template.anchor_in_suffix:       # among the class tokens: bind anew
+                    learner.set_classes(learner.class_names)
 
             # The normal prompt's answer. Its W is drawn in AnchorTemplate.forward, in every step
             # anew, once for all classes, images, layers (Algorithm 1 shows it above its loop). Only
@@ -100,37 +98,6 @@ def adapt(learner, run, epochs, features, labels, anchor=None):
             epochs.of_epoch = {"W": in_words(learnt_W(learner), settings["anchor_length"])}
 
 
-class OneStage:
-    """One-stage training (Sec. 3.2.4, S1): the first half of every step, theta_a by Eq. 5.
-
-    prompt: the `AnchorPrompt` of the base classes. targets (C, d): as in `stage1.learn_anchor`.
-    learner: the prompt's learner, whose frozen copy of the anchor is kept up to date. The second
-    half of the step (soft tokens and W by Eq. 10, anchor frozen) is `adapt`'s.
-    """
-
-    def __init__(self, prompt, targets, learner, settings):
-        self.prompt = prompt
-        self.targets = targets
-        self.learner = learner
-        self.weight = settings["anchor_weight"]
-        self.optimizer = stage1.sgd([prompt.tokens], settings["anchor_lr"])     # theta_a
-
-    def step(self):
-        """One step of theta_a by Eq. 5, and the prompt's copy of the anchor follows."""
-        loss = self.weight * losses.anchor_mse(self.prompt(), self.targets)     # Eq. 5
-        self.optimizer.zero_grad()
-        stage1.scaled_backward(loss, self.prompt.tokens)
-        self.optimizer.step()
-        self.follow()
-
-    def follow(self):
-        """Puts the anchor where Stage II reads it, frozen."""
-        template = self.learner.template
-        template.anchor_tokens.copy_(self.prompt.tokens.detach())
-        if template.anchor_in_suffix:       # it stands among the class tokens: bind them anew
-            self.learner.set_classes(self.learner.class_names)
-
-
 # -------------------------------------------------------------------- a run
 
 def run_seed(run, dataset, task, descriptions, get_clip):
@@ -154,29 +121,29 @@ def run_seed(run, dataset, task, descriptions, get_clip):
         if dataset.name not in data.DATASETS:   # one's own: a broken picture is found now
             data.check_pictures(task.train + task.test_base + task.test_novel)
         clip_model = get_clip()
-        check_names(task, clip_model, settings)
 
+        # The learner: a template in a baseline, with this seed's start values. Zeros hold the
+        # anchor's place: a CLIP, or names, that do not suit the method are found before Stage I.
+        torch.manual_seed(run.seed)
+        learner = build_learner(settings, clip_model, task.base_names)
+        learner.set_classes(task.novel_names or task.base_names)
         # Algorithm 1, stage 1: the anchor, where it was not learnt before.
-        anchor_tokens = find_anchor(run, clip_model, task, descriptions)
+        if settings["template"] == "anchoropt" and not settings["one_stage"]:
+            tokens = find_anchor(run, clip_model, task, descriptions)
+            learner.template.anchor_tokens.copy_(tokens)
+        W_start, W = learnt_W(learner), None
         if run.args.overwrite:                  # now that nothing is missing any more
             remove_run(folder)
 
-        # The learner: a template in a baseline, with this seed's start values.
-        torch.manual_seed(run.seed)
-        options = settings | {"class_chunk": run.args.class_chunk}
-        learner = build_learner(options, clip_model, task.base_names, anchor_tokens)
-        W_start = learnt_W(learner)
-
         # Algorithm 1, stage 2: adaptation. Zero-shot CLIP has none.
         log = []
-        if settings.get("epochs"):
+        if "epochs" in settings:
             log = learn_prompt(run, learner, task, descriptions, facts)
         # prompt.pt: what was learnt, and all that building the learner anew takes.
         with data.written_aside(folder / "prompt.pt") as aside:
             torch.save({"state": learner.state_dict(), "settings": settings,
                         "class_names": task.base_names, "seed": run.seed}, aside)
 
-        W = None
         if W_start:
             W = {"start": W_start, "end": learnt_W(learner), "epochs": [row["W"] for row in log]}
         if W and not run.args.no_plot:
@@ -184,43 +151,52 @@ def run_seed(run, dataset, task, descriptions, get_clip):
                 plot_position_matrix({"start": W["start"], "end of training": W["end"]}, aside,
                                      settings["anchor_length"])
         # results.json is the last file to come: where it stands, everything else does.
-        notes, comparable = what_to_know(task, settings)
         result = test(run, learner, task) | {
             "dataset": settings["dataset"], "seed": run.seed, "settings": settings, "facts": facts,
-            "position_matrix": W, "notes": notes, "comparable": comparable,
+            "position_matrix": W, "notes": what_to_know(task, settings),
             "environment": environment(clip_model), "prompt": sha256(folder / "prompt.pt")[:8]}
         data.save_json(folder / "results.json", result)
         (folder / "last.pt").unlink(missing_ok=True)
         stage1.say(f"saved to {folder}")
-        return result | {"run": folder.parent.name, "folder": folder}
+        return evaluation.read_result(folder / "results.json")
 
 
 def find_anchor(run, clip_model, task, descriptions):
-    """The anchor tokens (N, d_t) that Stage II begins with, or None for the other templates."""
-    if run.settings["template"] != "anchoropt":
-        return None
-    if run.settings["one_stage"]:               # learnt beside the prompt: OneStage fills these in
-        width = clip_model.token_embedding.weight.shape[1]
-        return torch.zeros(run.settings["anchor_length"], width)
-    if run.args.anchor:
-        return stage1.given_anchor(run, clip_model, task.novel_names)
-    return stage1.get_anchor(run, clip_model, task.base_names, descriptions)
+    """The anchor tokens (N, d_t) that Stage II begins with: Stage I's, or those of --anchor FILE.
+
+    Raises ValueError for a file that is not of these settings, or has seen novel classes.
+    """
+    file = run.args.anchor
+    if not file:
+        return stage1.get_anchor(run, clip_model, task.base_names, descriptions)
+    # It may be of another length, word or CLIP than this run asks for. (Of the last two the
+    # authors' files say nothing.)
+    tokens, saved = load_anchor(file)
+    now = run.settings | {"token width": len(clip_model.ln_final.weight)}
+    found = {"anchor_length": len(tokens), "token width": tokens.shape[1]}
+    found |= {key: saved[key] for key in ("preposition", "clip") if key in saved}
+    data.check_unchanged(file, found, {key: now[key] for key in found}, f"it has {found}")
+    seen = set(saved.get("class_names", [])) & set(task.novel_names)
+    if seen:
+        raise ValueError(f"{file} was learnt from descriptions of {len(seen)} classes that are "
+                         f"novel here, such as {min(seen)!r}; or --classes all")
+    return tokens
 
 
 def test(run, learner, task):
     """Inference (Sec. 3.2.2): normal prompt for base classes, the ensemble for novel ones.
 
-    Returns base, novel and hm: each a dict reading -> percent; the last two None without novel
-    classes. The learner stays bound to the classes that were tested last.
+    Returns base and novel: each a dict reading -> percent; or novel None without novel classes. The
+    learner stays bound to the classes that were tested last.
     """
     torch.manual_seed(run.seed)                 # of W, with --test-position sample
+    learner.set_classes(task.base_names)
     base = evaluation.evaluate_items(run, learner, task.test_base, known=True)
-    novel = hm = None
+    novel = None
     if task.novel_names:
         learner.set_classes(task.novel_names)
         novel = evaluation.evaluate_items(run, learner, task.test_novel, known=False)
-        hm = {key: evaluation.harmonic_mean(base[key], novel[key]) for key in base}
-    return {"base": base, "novel": novel, "hm": hm}
+    return {"base": base, "novel": novel}
 
 
 def finished_run(folder, settings, facts):
@@ -245,32 +221,18 @@ def remove_run(folder):
         file.unlink()
 
 
-def check_names(task, clip_model, settings):
-    """Raises ValueError for class names that are too long, or a CLIP that does not suit the method.
-
-    That is before Stage I has taken its time.
-    """
-    # A learner with an anchor of zeros, thrown away: its own checks are all that is wanted. The
-    # random numbers that it draws change nothing: every stage begins with its seed.
-    width = clip_model.token_embedding.weight.shape[1]
-    trial_anchor = torch.zeros(settings.get("anchor_length", 1), width)
-    learner = build_learner(settings, clip_model, task.base_names, trial_anchor)
-    learner.set_classes(task.novel_names or task.base_names)
-
-
 def what_to_know(task, settings):
-    """What a reader of the figures must know, a list of str; and may they stand beside published?
+    """What a reader of the figures must know: a list of str.
 
     They are saved with the results, so that no table shows a figure without them.
     """
-    notes, comparable = list(task.notes), task.comparable
-    if settings["clip"] not in ("toy", *clip.available_models()):
+    notes = list(task.notes)
+    if settings["clip"] not in ("toy", "ViT-B/16"):
         notes.append(f"CLIP {settings['clip']} is another than the paper's: figures do not compare "
                      "with published ones")
-        comparable = False
     if settings.get("epochs") == 1:
         notes.append("one epoch is the schedule's first, at a learning rate of 1e-5")
-    return notes, comparable
+    return notes
 
 
 def learn_prompt(run, learner, task, descriptions, facts):
@@ -289,28 +251,32 @@ def learn_prompt(run, learner, task, descriptions, facts):
     anchor = None
     if settings.get("one_stage"):
         prompt = AnchorPrompt(clip_model, task.base_names, settings["anchor_length"],
-                              settings["preposition"], args.class_chunk)
-        f_des = stage1.description_features(clip_model, descriptions)
-        anchor = OneStage(prompt, torch.stack([f.mean(0) for f in f_des]), learner, settings)
-        parts |= {"anchor": prompt, "anchor's optimizer": anchor.optimizer}         # theta_a
+                              settings["preposition"])
+        # One memory for both: what the template holds frozen follows theta_a.
+        learner.template.anchor_tokens.copy_(prompt.tokens.detach())
+        prompt.tokens.data = learner.template.anchor_tokens
+        targets = stage1.description_means(clip_model, descriptions)
+        of_anchor = stage1.sgd([prompt.tokens], settings["anchor_lr"])              # theta_a
+        anchor = prompt, targets, of_anchor, settings["anchor_weight"]
+        parts |= {"anchor": prompt, "anchor's optimizer": of_anchor}
     elif settings["template"] == "anchoropt":
         anchor_tokens = learner.template.anchor_tokens
         facts = facts | {"anchor tokens": data.digest(anchor_tokens.tolist())}
         if settings["lambda_2"]:                                    # else nothing is distilled
             anchor = anchor_features(clip_model, task.base_names, anchor_tokens,
-                                     settings["preposition"], args.class_chunk)
+                                     settings["preposition"])
 
     # The epochs, from where an earlier process was stopped.
     steps = max(1, len(task.train) // settings["batch_size"])       # whole batches, or the only one
     epochs = stage1.Epochs("stage II", settings["epochs"], steps, parts, run.folder / "last.pt",
                            settings | facts)
-    if isinstance(anchor, OneStage):
-        anchor.follow()                                 # the kept epochs may have been the last
+    learner.set_classes(task.base_names)        # after-class: with the anchor of kept epochs
 
     # f_I(x) of the epochs to come, frozen. It runs in large batches and in the order of the items,
     # so that features are the same to the bit for every method and batch size.
     images = data.Images(task.train, data.train_transform(preprocess_of(clip_model)), run.seed)
-    encode, kept = stage1.frozen_tower(clip_model, settings, images, args.feature_cache)
+    encode = stage1.frozen_tower(clip_model)
+    kept = stage1.kept_features(clip_model, settings["clip"], images, args.feature_cache)
     if learner.needs_images and not torch.is_tensor(anchor):    # MaPLe without distillation
         encode = kept = None
     to_come = range(len(epochs.log) + 1, settings["epochs"] + 1)
@@ -327,63 +293,46 @@ def learnt_W(learner):
     matrix = learner.template.position_matrix
     if matrix is None:
         return None
-    return hard_assignment(matrix.logits.detach()).int().tolist()
+    return hard_assignment(matrix.scores().detach()).int().tolist()
 
 
 def environment(clip_model):
-    """What the figures were made with: versions, device, precision, commit, command."""
+    """What the figures were made with: versions, device, command."""
     device = clip_model.logit_scale.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    here = os.path.dirname(os.path.abspath(__file__))
-    commit = None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):      # a download has none
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, text=True,
-                                capture_output=True, timeout=10, check=True).stdout.strip()
-    modules = (torch, torchvision, PIL, numpy)
-    versions = {module.__name__: module.__version__ for module in modules}
-    return versions | {"python": platform.python_version(), "device": f"{device} ({name})",
-                       "dtype": str(clip_model.dtype).removeprefix("torch."), "commit": commit,
-                       "command": " ".join(sys.argv)}
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision, PIL)}
+    return versions | {"device": f"{device} ({name})", "command": " ".join(sys.argv)}
 
 
 # -------------------------------------------------------------------- command line
-
-def parse(argv):
-    kinds = ["task", "clip", "prompt", "anchor", "stage I", "anchoropt", "stage II", "W",
-             "atprompt", "maple", "dept"]
-    parser = stage1.make_parser("stage2.py", __doc__, kinds, ["run", "images"])
-    parser.add_argument("--baseline", choices=list(BASELINES), default="coop",
-                        help="the method that learns the prompt; clip: zero-shot CLIP, which has "
-                             "no template (default: coop)")
-    parser.add_argument("--template", choices=TEMPLATES, default="anchoropt",
-                        help="soft tokens, Eq. 2; with attribute words, Eq. 3; with anchor tokens, "
-                             "Eqs. 8-9 (default: anchoropt)")
-    parser.add_argument("--no-plot", action="store_true", help="write no position.png")
-    args = parser.parse_args(argv)
-    if args.one_stage and args.epochs == 0:
-        parser.error("--one-stage learns its anchor in Stage II: --epochs must be at least 1")
-    return args
-
 
 def run(args):
     dataset = data.load_dataset(args.dataset, args.root)
     if not dataset.train and args.baseline != "clip":
         raise ValueError(f"{dataset.name} has no training images: train on another dataset, then "
-                         f"test on this one with: python eval.py RUN --dataset {dataset.name}")
+                         "test here with: python eval.py RUN --dataset NAME")
     settings, changed = stage1.resolve(args, dataset.name, args.baseline, args.template)
     if dataset.name not in data.DATASETS:
         evaluation.print_names(dataset.class_names)
     get_clip = functools.cache(lambda: stage1.load_clip_for(settings, args))
-    descriptions = None
-    results = []
+    runs = []
     for seed in dict.fromkeys(args.seeds):
         task = data.few_shot_task(dataset, settings["classes"], settings["shots"], seed)
-        if descriptions is None and settings["template"] == "anchoropt" and not args.anchor:
-            # The classes are the same for all seeds.
-            descriptions = stage1.read_descriptions(task.base_names, args, settings)
-        one = stage1.Run(settings, changed, seed, args)
-        results.append(run_seed(one, dataset, task, descriptions, get_clip))
+        runs.append((stage1.Run(settings, changed, seed, args), task))
+    descriptions = None
+    if settings["template"] == "anchoropt" and not args.anchor:
+        # The classes are the same for all seeds.
+        descriptions = stage1.read_descriptions(task.base_names, args, settings)
+    results = [run_seed(one, dataset, task, descriptions, get_clip) for one, task in runs]
     evaluation.print_results(results)
+
+
+GROUPS = ("run", "method", "files", "machine", "images", "task", "clip", "prompt", "anchor",
+          "anchor's learning", "stage I", "anchoropt", "stage II", "W", "atprompt", "maple", "dept")
+
+
+def parse(argv):
+    return stage1.make_parser("stage2.py", __doc__, GROUPS).parse_args(argv)
 
 
 def main(argv=None):
