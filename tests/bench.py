@@ -6,14 +6,13 @@
 
 On ViT-B/16 with random weights: (a) seconds, dispatched kernels (no views) and peak memory of a
 step; (b) the frozen image tower; (c) a run of Caltech101's size, first and with its features kept;
-(d) losses in float16 and float32; (e) whether a step waits for the GPU, and what fills its time.
+(d) losses in float16 and float32; (e) whether a step waits for the GPU.
 
 project: steps of `stage2.adapt`. Image features are computed once an epoch, in large batches; each
 step is charged its share. conventional: 77 positions for every class through CLIP's own blocks, the
 anchor prompt anew at every step, the step's images inside it, CoCoOp image by image. Both share
-what never touches a tower (template, Gumbel noise, meta-network, heads, losses, optimizer) and run
-on the same weights and inputs, in turns. A step is forward, backward and update, at learning rate
-0. Times are medians after a warm-up.
+what never touches a tower. A step is forward, backward and update, at learning rate 0. Times are
+medians after a warm-up.
 """
 
 import argparse
@@ -60,7 +59,6 @@ def random_clip(size, device, dtype=torch.float32):
 
 
 def class_names(n, dataset="imagenet"):
-    """The first n of the classes that the project has descriptions of."""
     return list(data.read_json_object(data.default_descriptions(dataset)))[:n]
 
 
@@ -229,10 +227,10 @@ def now(device):
     return time.perf_counter()
 
 
-def medians(functions, device, repeats, at_least=0.5, patience=60):
+def medians(functions, device, repeats, at_least=0.5):
     """Median seconds of a call of each. They take turns: a slow minute of the machine hits all."""
     times, begun = [], time.perf_counter()
-    while not times or len(times) < repeats and time.perf_counter() - begun < patience:
+    while not times or len(times) < repeats and time.perf_counter() - begun < 60:
         times.append([])
         for function in functions:
             start, calls = now(device), 0
@@ -249,7 +247,7 @@ def peak_gb(function, device):
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if not os.path.exists("/proc/self/clear_refs"):                 # Linux alone tells
+    if sys.platform != "linux":                                     # which alone tells
         return 0.0
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")           # sets VmHWM back
@@ -258,28 +256,17 @@ def peak_gb(function, device):
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
-class Report:
-    """Prints, and keeps it all in a folder, if any: bench.txt, and the figures in bench.json."""
-
-    def __init__(self, folder):
-        self.folder, self.text, self.figures = folder, "", {}
-
-    def say(self, text):
-        print(text, flush=True)
-        self.text += text + "\n"
-        if self.folder:
-            data.save_json(self.folder / "bench.json", self.figures)
-            (self.folder / "bench.txt").write_text(self.text, encoding="utf-8")
-
-    def row(self, table, **cells):
-        """A line of a table; the first brings the head along."""
-        rows = self.figures.setdefault(table, [])
-        rows.append(cells)
-        if len(rows) == 1:
-            head = " | ".join(cells).replace("_", " ")
-            self.say(f"\n{table}\n\n| {head} |\n|:--{'|--:' * (len(cells) - 1)}|")
-        texts = [f"{each:.4g}" if isinstance(each, float) else str(each) for each in cells.values()]
-        self.say(f"| {' | '.join(texts)} |")
+def add_row(args, table, **cells):
+    """Prints a line of a table; the first brings the head along. Keeps all tables in bench.json."""
+    rows = args.tables.setdefault(table, [])
+    rows.append(cells)
+    if len(rows) == 1:
+        head = " | ".join(cells).replace("_", " ")
+        print(f"\n{table}\n\n| {head} |\n|:--{'|--:' * (len(cells) - 1)}|")
+    texts = [f"{each:.4g}" if isinstance(each, float) else str(each) for each in cells.values()]
+    print(f"| {' | '.join(texts)} |", flush=True)
+    if args.output:
+        data.save_json(args.output / "bench.json", args.tables)
 
 
 def measure_cell(args, row, n_classes):
@@ -301,8 +288,8 @@ def measure_cell(args, row, n_classes):
     ours, theirs = [*(seconds / args.steps for seconds in took), reason][:2]
     kernels = [*case.kernels.values(), "-"]
     share = len(case.labels) * args.image_seconds
-    args.report.row(
-        "a. a step", learner=row, classes=n_classes, batch=len(case.labels), project_s=ours,
+    add_row(
+        args, "a. a step", learner=row, classes=n_classes, batch=len(case.labels), project_s=ours,
         share_s=share, conventional_s=theirs, ratio="-" if reason else theirs / (ours + share),
         project_kernels=kernels[0], conventional_kernels=kernels[1], project_GB=memory[0],
         conventional_GB=memory[1], loss_differs_by=differ.pop("loss", "-"),
@@ -310,8 +297,8 @@ def measure_cell(args, row, n_classes):
 
 
 def images(args):
-    rate = args.report.figures["b. images a second"] = 1 / args.image_seconds
-    args.report.say(f"\nb. {rate:.1f} images a second, {args.images} at a time")
+    add_row(args, "b. the image tower", images_a_second=1 / args.image_seconds,
+            at_a_time=args.images)
 
 
 def runs(args):
@@ -320,14 +307,14 @@ def runs(args):
     seconds = 125 * medians([step], args.device, 3)[0] + 800 * args.image_seconds
     epochs = min(args.epochs, int((args.left() - 30) / 2 / seconds))
     if epochs < 2:
-        args.report.say(f"\nc. a run: left out, an epoch would take {seconds:.0f} s")
+        print(f"\nc. a run: left out, an epoch would take {seconds:.0f} s")
         return
     with tempfile.TemporaryDirectory() as folder:
         dataset = caltech101(folder, 2 * args.run_classes, args.test_images)
         first, second = (whole_run(args, dataset, output, epochs) for output in ("1", "2"))
     for stage in first:
-        args.report.row("c. a run of CoOp", stage=stage, epochs=epochs, first_s=first[stage],
-                        features_kept_s=second[stage])
+        add_row(args, "c. a run of CoOp", stage=stage, epochs=epochs, first_s=first[stage],
+                features_kept_s=second[stage])
 
 
 def caltech101(folder, n_classes, n_test):
@@ -379,7 +366,7 @@ def precision(args):
             losses_of[f"{row} {str(model.dtype)[6:]}"] = project_steps(case, args.losses).tolist()
     for i in range(args.losses):
         of_step = {name: each[i] for name, each in losses_of.items()}
-        args.report.row("d. losses", step=i + 1, **of_step)
+        add_row(args, "d. losses", step=i + 1, **of_step)
 
 
 def waits(args, row, n_classes):
@@ -390,17 +377,7 @@ def waits(args, row, n_classes):
         project_steps(case, 3, watched=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    args.report.say(f"\ne. {row}, {n_classes} classes: no step waits")
-
-
-def profile(args, row):
-    case = make_case(row, args.clip_model, args.classes[0])
-    project_steps(case, args.steps)                                 # warms up
-    with torch.profiler.profile() as found:
-        project_steps(case, args.steps)
-    order = "self_cuda_time_total" if args.on_gpu else "self_cpu_time_total"
-    table = found.key_averages().table(order, row_limit=20, max_name_column_width=60)
-    args.report.say(f"\ne. {row}, {args.classes[0]} classes, {args.steps} steps\n\n{table}")
+    print(f"\ne. {row}, {n_classes} classes: no step waits")
 
 
 def jobs(args):
@@ -409,13 +386,12 @@ def jobs(args):
     yield from ((f"a. a step, {row}, {n}", measure_cell, row, n) for row, n in cells)
     yield "b. images", images
     if not args.on_gpu and not args.quick:
-        args.report.say("\nc, d, e: left out, for a GPU")
+        print("\nc, d, e: left out, for a GPU")
         return
     yield "c. a run", runs
     yield "d. precision", precision
     if args.on_gpu:
         yield from ((f"e. waiting, {row}, {n}", waits, row, n) for row, n in cells)
-    yield from ((f"e. profile, {row}", profile, row) for row in ("coop", "cocoop"))
 
 
 def parse(argv):
@@ -423,7 +399,7 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", default="cpu", type=torch.device, help="cpu or cuda")
-    add("--output", type=pathlib.Path, help="folder to write bench.txt and bench.json to")
+    add("--output", type=pathlib.Path, help="folder to write bench.json to")
     add("--classes", nargs="+", type=int, help="class counts (default: 50 500)")
     add("--minutes", type=float, default=10, help="then the rest is left out (default: 10)")
     add("--quick", action="store_true", help="a tiny CLIP, and little of all")
@@ -444,7 +420,7 @@ def parse(argv):
     args.memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if args.on_gpu:
         args.memory = torch.cuda.mem_get_info(args.device)[1] / 1e9
-    args.report, args.failed = Report(args.output), False
+    args.tables, args.failed = {}, False
     end = time.perf_counter() + 60 * args.minutes
     args.left = lambda: end - time.perf_counter()
     return args
@@ -453,10 +429,10 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     name = torch.cuda.get_device_name(args.device) if args.on_gpu else "CPU"
-    args.report.row("machine", name=name, cores=os.cpu_count(), load=os.getloadavg()[0],
-                    torch=torch.__version__, precision=str(args.dtype), CLIP=args.size)
+    add_row(args, "machine", name=name, cores=os.cpu_count(), load=os.getloadavg()[0],
+            torch=torch.__version__, precision=str(args.dtype), CLIP=args.size)
     args.clip_model = random_clip(args.size, args.device, args.dtype)
-    encode, _ = stage1.frozen_tower(args.clip_model, {}, None, None)
+    encode = stage1.frozen_tower(args.clip_model)
     size = preprocess_of(args.clip_model)["size"]
     crops = torch.randint(256, (args.images, 3, *size), dtype=torch.uint8)
     args.encode = torch.no_grad()(partial(encode, crops))
@@ -464,14 +440,14 @@ def main(argv=None):
     args.image_seconds = medians([args.encode], args.device, args.repeats)[0] / args.images
     for title, function, *given in jobs(args):
         if args.left() <= 0:
-            args.report.say(f"{title}: left out, the {args.minutes:g} minutes are over")
+            print(f"{title}: left out, the {args.minutes:g} minutes are over")
             continue
         try:
             function(args, *given)
         except Exception:                       # such as too little memory: the rest goes on
             args.failed = True
-            args.report.say(f"{title}: FAILED\n{traceback.format_exc()}")
-    args.report.say(f"\n{args.minutes - args.left() / 60:.1f} minutes on {name}")
+            print(f"{title}: FAILED\n{traceback.format_exc()}")
+    print(f"\n{args.minutes - args.left() / 60:.1f} minutes on {name}")
     return int(args.failed)
 
 

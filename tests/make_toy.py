@@ -1,22 +1,19 @@
 """Makes the toy world: small pictures, sentences that describe their classes, and a tiny real CLIP.
 
-    python tests/make_toy.py --draw             pictures and split, assets/toy/
-    python tests/make_toy.py --descriptions     assets/descriptions/toy.json
+    python tests/make_toy.py --draw             assets/toy/ and assets/descriptions/toy.json
     python tests/make_toy.py --train            assets/toy_clip.npz; minutes on two cores
     python tests/make_toy.py --evaluate         accuracies on the validation images
 
 A class is a colour, a surface and a shape. Each stage of AnchorOPT has its work to do here:
 
-Stage I. The CLIP has read careless captions ("a photo of a lime netted diamond."), in which people
-mix up neighbouring colours and similar surfaces, and sentences that are always right: descriptions,
-and bare names in a careful style ("a plate of ..."). So descriptions know more than "a photo of a",
-and one anchor token can have a name read the careful way.
+Stage I. The CLIP has read careless captions, in which people mix up neighbouring colours and
+similar surfaces, and sentences that are always right: descriptions, and bare names in a careful
+style ("a plate of ..."). So one anchor token can have a name read the careful way.
 
 Stage II. Base things stand under coloured lamps. Who adapts to them learns that colour cannot be
 trusted, and colour is what tells novel look-alikes apart.
 
-No caption and no picture of the CLIP's training is of a class of the dataset. The figures of this
-world check the machinery and are no evidence for the paper's claims.
+No caption and no picture of the CLIP's training is of a class of the dataset.
 """
 
 import argparse
@@ -26,12 +23,12 @@ import pathlib
 import shutil
 import sys
 import tempfile
-import time
 import zlib
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -47,23 +44,14 @@ ASSETS = pathlib.Path(data.ASSETS)
 
 # ---------------------------------------------------------------------- words
 # Three tables: word -> what it means in other words, and how it is drawn. The first half of each is
-# for base classes, the second for novel ones, so nothing that is learnt about a base name can help
-# with a novel one but through the context that all prompts share.
+# for base classes, the second for novel ones, so what is learnt of base names can help with novel
+# ones through the shared context alone.
 
 def polygon(n, radii=(1.0,), turn=0.0, width=1.0):
     """n corners (x, y) around the centre, y upwards; their distances from it take turns."""
     angles = [2 * math.pi * k / n + turn for k in range(n)]
     return [(width * radii[k % len(radii)] * math.sin(a), radii[k % len(radii)] * math.cos(a))
             for k, a in enumerate(angles)]
-
-
-def cross():
-    quarter = [(0.32, 0.95), (0.32, 0.32), (0.95, 0.32)]
-    corners = []
-    for _ in range(4):
-        corners += quarter
-        quarter = [(y, -x) for x, y in quarter]
-    return corners
 
 
 def crescent():
@@ -88,6 +76,9 @@ def ring():
     return edge + [(0.5 * x, 0.5 * y) for x, y in reversed(edge)]
 
 
+CROSS = [(0.32, 0.95), (0.32, 0.32), (0.95, 0.32), (0.95, -0.32), (0.32, -0.32), (0.32, -0.95),
+         (-0.32, -0.95), (-0.32, -0.32), (-0.95, -0.32), (-0.95, 0.32), (-0.32, 0.32),
+         (-0.32, 0.95)]
 COLOURS = {                             # red, green, blue
     "crimson": ("deep red", (200, 25, 45)),
     "amber": ("warm orange", (245, 170, 25)),
@@ -120,7 +111,7 @@ SHAPES = {                              # corners
     "square": ("four equal straight sides", polygon(4, radii=(1.15,), turn=math.pi / 4)),
     "hexagon": ("six straight sides", polygon(6)),
     "star": ("five sharp points", polygon(10, radii=(1.05, 0.45))),
-    "cross": ("four short arms", cross()),
+    "cross": ("four short arms", CROSS),
     "crescent": ("two horns like the moon", crescent()),
 
     "triangle": ("three corners", polygon(3, radii=(1.1,))),
@@ -131,25 +122,13 @@ SHAPES = {                              # corners
     "oval": ("a long egg outline", polygon(28, width=0.62)),
 }
 TABLES = (COLOURS, SURFACES, SHAPES)
-WORDS = [list(table) for table in TABLES]
+WORDS = C, S, H = [list(table) for table in TABLES]
 
-
-def toy_classes():
-    """The names of 24 base and 24 novel classes.
-
-    Base: four surfaces on each of six shapes, in one colour each. Novel: six pairs of surface and
-    shape in four colours each, look-alikes that only the colour tells apart.
-    """
-    base, novel = [], []
-    for i in range(6):
-        for j in range(4):
-            base.append((WORDS[0][(i + 2 * j) % 6], WORDS[1][j], WORDS[2][i]))
-            novel.append((WORDS[0][6 + (2 * i + j) % 6], WORDS[1][4 + i % 4], WORDS[2][6 + i]))
-    return [" ".join(words) for words in base + novel]
-
-
-CLASSES = toy_classes()
-BASE_CLASSES = CLASSES[:24]
+# 24 base classes: four surfaces on each of six shapes, in one colour each. 24 novel ones: six pairs
+# of surface and shape in four colours each, look-alikes that only the colour tells apart.
+CELLS = [(i, j) for i in range(6) for j in range(4)]
+BASE_CLASSES = [f"{C[(i + 2 * j) % 6]} {S[j]} {H[i]}" for i, j in CELLS]
+CLASSES = BASE_CLASSES + [f"{C[6 + (2 * i + j) % 6]} {S[4 + i % 4]} {H[6 + i]}" for i, j in CELLS]
 
 
 # ---------------------------------------------------------------------- pictures
@@ -168,7 +147,7 @@ def enlarged(grid, n):
     return np.kron(grid, np.ones((n, n), grid.dtype))
 
 
-def paint(words, rng, shift=0.0, lamp=0.0):
+def paint(words, rng, shift, lamp):
     """A picture of one thing: a PIL RGB image of 48 x 48 pixels.
 
     words: colour, surface and shape. rng: a numpy Generator, the only source of chance. shift, in
@@ -197,14 +176,12 @@ def paint(words, rng, shift=0.0, lamp=0.0):
 
     # The ground, and what comes between a thing and its picture.
     ground = np.full((SIZE, SIZE, 3), rng.uniform(90, 200)) + rng.normal(0, 8, 3)
-    if shift:
-        tiles = rng.normal(0, 45 * shift, (6, 6, 3)) + rng.normal(0, 40 * shift, 3)
-        ground = ground + np.stack([enlarged(tiles[..., k], 8) for k in range(3)], axis=-1)
+    tiles = rng.normal(0, 45 * shift, (6, 6, 3)) + rng.normal(0, 40 * shift, 3)
+    ground = ground + np.stack([enlarged(tiles[..., k], 8) for k in range(3)], axis=-1)
     picture = np.where(mask, thing, ground)
-    if shift:
-        slope = rng.normal(0, 0.012 * shift, 2)
-        light = rng.uniform(1 - 0.35 * shift, 1) + slope[0] * (X - 24) + slope[1] * (Y - 24)
-        picture = picture * light[..., None] + rng.normal(0, 14 * shift, picture.shape)
+    slope = rng.normal(0, 0.012 * shift, 2)
+    light = rng.uniform(1 - 0.35 * shift, 1) + slope[0] * (X - 24) + slope[1] * (Y - 24)
+    picture = picture * light[..., None] + rng.normal(0, 14 * shift, picture.shape)
     if lamp:
         light = 0.5 + 0.8 * np.cos(rng.uniform(0, 2 * math.pi) + np.array([0, 2, 4]) * math.pi / 3)
         picture = (1 - lamp) * picture + lamp * picture.mean(-1, keepdims=True) * light
@@ -218,8 +195,9 @@ def draw(class_name, part, index):
     return paint(class_name.split(), rng, SHIFT, lamp)
 
 
-def draw_dataset(folder):
-    """Writes pictures and split_toy.json to `folder`, laid out as the field's json datasets are."""
+def draw_dataset():
+    """Writes pictures and split_toy.json, as the field's json datasets are, and descriptions."""
+    folder = ASSETS / "toy"
     shutil.rmtree(folder, ignore_errors=True)
     split = {part: [] for part in IMAGES}
     for label, class_name in enumerate(CLASSES):
@@ -231,6 +209,8 @@ def draw_dataset(folder):
                 draw(class_name, part, index).save(folder / "images" / path, **JPEG)
                 split[part].append([path, label, class_name])
     (folder / "split_toy.json").write_text(json.dumps(split) + "\n")
+    file = ASSETS / "descriptions" / "toy.json"
+    file.write_text(json.dumps(describe(), indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------- sentences
@@ -272,8 +252,7 @@ PARTS = [
     "Its surface shows {s}.", "A thing with {s}.", "It is {c}, with {s}.", "A {c} object with {h}.",
     "It has {h} and {s}.", "A {c} thing with {h}, covered with {s}.",
 ]
-# Pictures in which one thing cannot be seen: which, and how captions speak of them. They name it
-# all the same, as carelessly as others.
+# Pictures in which one thing cannot be seen: which, and how captions name it all the same.
 STYLES = {
     "": (None, CARELESS),
     "lamp": (0, ["a photo of a {C} {S} {H} under a lamp.", "a night photo of a {C} {S} {H}.",
@@ -323,7 +302,6 @@ def draw_pairs(n, seed):
     # Some words are several times as frequent as others, as on the web.
     frequency = [np.exp(rng.uniform(-1.0, 0, len(words))) for words in WORDS]
     frequency = [f / f.sum() for f in frequency]
-    classes = set(CLASSES)
     pictures, captions, shown, said, told, careless = [], [], [], [], [], []
     while len(captions) < n:
         thing = [int(rng.choice(len(f), p=f)) for f in frequency]
@@ -336,7 +314,7 @@ def draw_pairs(n, seed):
             named = [int(look_alikes(k)[n]) if rng.random() < MIX_UP else n
                      for k, n in enumerate(thing)]
         names = [[WORDS[k][word] for k, word in enumerate(words)] for words in (thing, named)]
-        if any(" ".join(name) in classes for name in names):
+        if any(" ".join(name) in CLASSES for name in names):
             continue
 
         sentences = {"careful": CAREFUL, "whole": DESCRIPTIONS, "part": PARTS}.get(kind, sentences)
@@ -422,13 +400,13 @@ def contrast(logits, fit):
     return loss / 2
 
 
-def optimizer_of(parameters, steps, lr=1e-3):
+def optimizer_of(parameters, steps):
     """AdamW with a short rise and a long cosine fall of the learning rate, and its schedule."""
     matrices = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim <= 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05},
                                    {"params": others, "weight_decay": 0.0}],
-                                  lr=lr, betas=(0.9, 0.98))
+                                  lr=1e-3, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * s / steps)))
     return optimizer, schedule
@@ -438,7 +416,7 @@ def text_features(model, tokens):
     """Unit features (n, d) of tokens (n, 77), with gradient."""
     end = tokens.argmax(-1)
     embedded = model.token_embedding(tokens[:, :int(end.max()) + 1])
-    sos, suffix, eot = embedded[0, :1], embedded[:, 1:], (end - 1).tolist()
+    sos, suffix, eot = embedded[0, :1], embedded[:, 1:], tuple((end - 1).tolist())
     return unit(prompts.encode_text(model, sos, suffix, eot))
 
 
@@ -452,13 +430,12 @@ def step_down(model, loss, optimizer, schedule):
     model.logit_scale.data.clamp_(max=math.log(100))
 
 
-def train(steps, text_steps, n_pairs, batch, seed):
+def train(steps=750, text_steps=500, n_pairs=10000, batch=128, seed=1):
     """Trains a CLIP contrastively: `steps` of both towers, then `text_steps` of the text tower.
 
     The second part costs little, since the features of all pictures are kept, and it is where
     careful captions part from careless ones. Returns the CLIP, and the tokens (V,) of its table.
     """
-    start = time.time()
     pictures, captions, *labels = draw_pairs(n_pairs, seed)
     x = data.normalize(torch.from_numpy(pictures).permute(0, 3, 1, 2),
                        prompts.OPENAI_PREPROCESS)
@@ -469,22 +446,16 @@ def train(steps, text_steps, n_pairs, batch, seed):
     model = clip.model.CLIP(**SHAPE, vocab_size=len(known))
     model.logit_scale.data.fill_(math.log(20))
 
-    def report(step, loss):
-        if (step + 1) % 50 == 0:
-            seconds = time.time() - start
-            print(f"step {step + 1}: loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
-
     # Both towers.
     heads = torch.nn.Parameter(torch.randn(sum(map(len, WORDS)), SHAPE["embed_dim"]))
     optimizer, schedule = optimizer_of([*model.parameters(), heads], steps)
-    for step in range(steps):
+    for _ in tqdm(range(steps)):
         i = torch.randint(n_pairs, (batch,))
         f_img = unit(prompts.encode_image(model, x[i]))
         logits = model.logit_scale.exp() * f_img @ text_features(model, tokens[i]).T
         loss = contrast(logits, fits(shown[i], said[i], told[i], careless[i]))
         loss = loss + head_loss(heads, f_img, shown[i])
         step_down(model, loss, optimizer, schedule)
-        report(step, loss)
 
     # The text tower alone, against eight times as many pictures.
     with torch.no_grad():
@@ -492,13 +463,12 @@ def train(steps, text_steps, n_pairs, batch, seed):
     model.visual.requires_grad_(False)
     learnable = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = optimizer_of(learnable, text_steps)
-    for step in range(text_steps):
+    for _ in tqdm(range(text_steps)):
         i = torch.randint(n_pairs, (batch,))
         j = torch.cat([i, torch.randint(n_pairs, (7 * batch,))])
         logits = model.logit_scale.exp() * f_all[j] @ text_features(model, tokens[i]).T
         loss = contrast(logits, fits(shown[j], said[i], told[i], careless[i]))
         step_down(model, loss, optimizer, schedule)
-        report(step, loss)
     return model, known
 
 
@@ -524,9 +494,9 @@ def image_features(clip_model, items):
 def accuracies(f_img, labels, f_text):
     """Accuracy in percent on base and on novel classes, each among its own. f_text (48, d)."""
     result = []
-    for side in (range(24), range(24, 48)):
-        own = [label in side for label in labels.tolist()]
-        chosen = (f_img[own] @ f_text[list(side)].T).argmax(1) + side[0]
+    for is_novel in (False, True):
+        own, first = (labels >= 24) == is_novel, 24 * is_novel
+        chosen = (f_img[own] @ f_text[first:first + 24].T).argmax(1) + first
         result.append((chosen == labels[own]).float().mean().item() * 100)
     return tuple(result)
 
@@ -534,61 +504,43 @@ def accuracies(f_img, labels, f_text):
 def readings(clip_model, anchor_tokens):
     """name -> text features (48, d): a photo of a, the descriptions' means, anchor prompts."""
     photo = prompts.encode_sentences(clip_model, [data.PHOTO.format(name) for name in CLASSES])
-    described = [unit(prompts.encode_sentences(clip_model, sentences)).mean(0)
-                 for sentences in describe().values()]
     unlearnt = torch.zeros_like(anchor_tokens)
     return {"a photo of a": unit(photo),
-            "descriptions": unit(torch.stack(described)),
+            "descriptions": unit(stage1.description_means(clip_model, describe().values())),
             "anchor unlearnt": anchor_features(clip_model, CLASSES, unlearnt),
             "anchor learnt": anchor_features(clip_model, CLASSES, anchor_tokens)}
 
 
-def stage1_anchor(seed=1):
+def stage1_anchor():
     """The anchor tokens (1, d_t) that stage1.py learns with the toy world's settings."""
     with tempfile.TemporaryDirectory() as folder:
-        if stage1.main(["--dataset", "toy", "--seeds", str(seed), "--output", folder]):
-            raise RuntimeError("stage1.py failed")
+        assert stage1.main(["--dataset", "toy", "--output", folder]) == 0
         (file,) = pathlib.Path(folder).rglob("anchor.pt")
         return load_anchor(file)[0]
 
 
-def evaluate(part):
-    clip_model = prompts.load_clip("toy")
-    dataset = data.load_dataset("toy")
-    f_img, labels = image_features(clip_model, getattr(dataset, part))
+def evaluate():
+    clip_model, items = prompts.load_clip("toy"), data.load_dataset("toy").val
+    f_img, labels = image_features(clip_model, items)
     for name, f_text in readings(clip_model, stage1_anchor()).items():
         base, novel = accuracies(f_img, labels, f_text)
-        print(f"{part}, {name:14}  base {base:.1f}  novel {novel:.1f}  HM "
-              f"{2 * base * novel / (base + novel):.1f}")
+        hm = 2 * base * novel / (base + novel)
+        print(f"val, {name:14}  base {base:.1f}  novel {novel:.1f}  HM {hm:.1f}")
 
-
-# ---------------------------------------------------------------------- command line
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draw", action="store_true", help="draw the pictures")
-    parser.add_argument("--descriptions", action="store_true", help="write the descriptions")
-    parser.add_argument("--train", action="store_true", help="train the CLIP")
-    parser.add_argument("--evaluate", action="store_true",
-                        help="accuracy of zero-shot CLIP, of its descriptions, of Stage I's anchor")
-    parser.add_argument("--part", default="val", choices=list(IMAGES), help="images to evaluate on")
-    parser.add_argument("--steps", type=int, default=750)
-    parser.add_argument("--text-steps", type=int, default=500)
-    parser.add_argument("--pairs", type=int, default=10000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=1)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option in ("--draw", "--train", "--evaluate"):
+        parser.add_argument(option, action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)            # fixed, since sums depend on it in the last digit
     if args.draw:
-        draw_dataset(ASSETS / "toy")
-    if args.descriptions:
-        file = ASSETS / "descriptions" / "toy.json"
-        file.write_text(json.dumps(describe(), indent=1) + "\n")
+        draw_dataset()
     if args.train:
-        model, known = train(args.steps, args.text_steps, args.pairs, args.batch, args.seed)
-        save(model, known, prompts.TOY_CLIP)
+        save(*train(), prompts.TOY_CLIP)
     if args.evaluate:
-        evaluate(args.part)
+        evaluate()
 
 
 if __name__ == "__main__":

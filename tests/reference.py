@@ -122,97 +122,7 @@ def encode_image_prompted(model, images, tokens):
     return torch.stack(out)
 
 
-# ---------------------------------------------------------------------------- a CLIP by hand
-# From a state dict and the formulas, with any activation and heads: nothing of `clip` is used.
-
-def random_state(d_t, d_v, layers=2, d=32, patch=8, grid=3, seed=0):
-    """A random state dict with OpenAI's keys."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator) / max(1, shape[-1]) ** 0.5
-
-    def norm(name, width):
-        return {f"{name}.weight": 1 + random(width), f"{name}.bias": random(width)}
-    state = {"token_embedding.weight": random(49408, d_t), "positional_embedding": random(77, d_t),
-             "text_projection": random(d_t, d), "logit_scale": torch.tensor(3.0),
-             "visual.class_embedding": random(d_v), "visual.proj": random(d_v, d),
-             "visual.positional_embedding": random(grid ** 2 + 1, d_v),
-             "visual.conv1.weight": random(d_v, 3, patch, patch),
-             **norm("ln_final", d_t), **norm("visual.ln_pre", d_v), **norm("visual.ln_post", d_v)}
-    for tower, width in (("transformer", d_t), ("visual.transformer", d_v)):
-        hidden = 4 * width
-        for i in range(layers):
-            name = f"{tower}.resblocks.{i}"
-            state |= {**norm(f"{name}.ln_1", width), **norm(f"{name}.ln_2", width),
-                      f"{name}.attn.in_proj_weight": 3 * random(3 * width, width),
-                      f"{name}.attn.in_proj_bias": random(3 * width),
-                      f"{name}.attn.out_proj.weight": random(width, width),
-                      f"{name}.attn.out_proj.bias": random(width),
-                      f"{name}.mlp.c_fc.weight": 2 * random(hidden, width),
-                      f"{name}.mlp.c_fc.bias": random(hidden),
-                      f"{name}.mlp.c_proj.weight": random(width, hidden),
-                      f"{name}.mlp.c_proj.bias": random(width)}
-    return state
-
-
-def tower_by_hand(state, tower, x, heads, activation, causal):
-    """x (n, width) through the residual blocks of one tower, head by head."""
-    for i in range(sum(key.startswith(f"{tower}.resblocks.") and key.endswith("ln_1.bias")
-                       for key in state)):
-        name = f"{tower}.resblocks.{i}"
-        h = norm_by_hand(state, f"{name}.ln_1", x)
-        q, k, v = (h @ state[f"{name}.attn.in_proj_weight"].T
-                   + state[f"{name}.attn.in_proj_bias"]).chunk(3, dim=1)
-        of_heads = []
-        for q_h, k_h, v_h in zip(*(t.chunk(heads, dim=1) for t in (q, k, v))):
-            scores = q_h @ k_h.T / q_h.shape[1] ** 0.5
-            if causal:
-                scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
-            of_heads.append(scores.softmax(1) @ v_h)
-        out = torch.cat(of_heads, dim=1) @ state[f"{name}.attn.out_proj.weight"].T
-        x = x + out + state[f"{name}.attn.out_proj.bias"]
-        h = norm_by_hand(state, f"{name}.ln_2", x) @ state[f"{name}.mlp.c_fc.weight"].T
-        h = h + state[f"{name}.mlp.c_fc.bias"]
-        if activation == "gelu":
-            h = h * (1 + torch.erf(h / 2 ** 0.5)) / 2
-        else:
-            h = h * torch.sigmoid(1.702 * h)
-        x = x + h @ state[f"{name}.mlp.c_proj.weight"].T + state[f"{name}.mlp.c_proj.bias"]
-    return x
-
-
-def norm_by_hand(state, name, x):
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
-
-
-def text_by_hand(state, texts, heads, activation):
-    """Text features (n, d) of [SOS] text [EOT]."""
-    features = []
-    for text in texts:
-        ids = torch.tensor([SOS, *TOKENIZER.encode(text), EOT])
-        x = state["token_embedding.weight"][ids] + state["positional_embedding"][:len(ids)]
-        x = tower_by_hand(state, "transformer", x, heads, activation, causal=True)
-        features.append(norm_by_hand(state, "ln_final", x[-1]) @ state["text_projection"])
-    return torch.stack(features)
-
-
-def images_by_hand(state, images, heads, activation):
-    """Image features (n, d)."""
-    features = []
-    patch = state["visual.conv1.weight"].shape[-1]
-    for image in images:
-        patches = image.unfold(1, patch, patch).unfold(2, patch, patch)     # (3, grid, grid, p, p)
-        patches = patches.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)
-        x = patches @ state["visual.conv1.weight"].flatten(1).T
-        x = torch.cat([state["visual.class_embedding"][None], x])
-        x = norm_by_hand(state, "visual.ln_pre", x + state["visual.positional_embedding"])
-        x = tower_by_hand(state, "visual.transformer", x, heads, activation, causal=False)
-        features.append(norm_by_hand(state, "visual.ln_post", x[0]) @ state["visual.proj"])
-    return torch.stack(features)
-
+# ---------------------------------------------------------------------------- files of others
 
 def as_huggingface(state):
     """A state dict with OpenAI's keys under those of transformers' CLIPModel."""
@@ -244,8 +154,6 @@ def as_huggingface(state):
             theirs[key] = value
     return theirs
 
-
-# ---------------------------------------------------------------------------- files of others
 
 class Trap:
     """What a file of others may hold: to unpickle it would run code, and make a folder."""

@@ -7,21 +7,20 @@ import pickle
 import pytest
 import torch
 
-import prompts
 import worlds
 from anchor import AnchorPrompt, anchor_features, load_anchor, nearest_words, save_anchor
 from reference import NAMES, TOKENIZER, Trap, encode_77, relative, tiny_clip, unit
 
 MODEL = tiny_clip(dtype=torch.float64)
 RELEASED = pathlib.Path(__file__).parents[2] / "shared" / "released_anchors" / "eurosat.pth.tar"
+TOKENS = torch.randn(2, 128)
 
 
-@pytest.mark.parametrize("n_anchor", [1, 3])
-@pytest.mark.parametrize("preposition", ["of", "sun", "none", None, "because of"])
+@pytest.mark.parametrize("n_anchor, preposition", [(1, "of"), (3, "because of"), (2, "none")])
 def test_anchor_prompt_is_eq4_token_by_token(n_anchor, preposition):
     torch.manual_seed(0)
     prompt = AnchorPrompt(MODEL, NAMES, n_anchor, preposition).double()
-    words = TOKENIZER.encode("" if preposition in (None, "none") else preposition)
+    words = TOKENIZER.encode("" if preposition == "none" else preposition)
     t_anc = torch.cat([prompt.tokens, MODEL.token_embedding.weight[words]])     # then [CLS]
     assert relative(prompt(), unit(encode_77(MODEL, t_anc, NAMES))) < 1e-12
     assert [name for name, _ in prompt.named_parameters()] == ["tokens"]
@@ -33,56 +32,21 @@ def test_anchor_tokens_start_small_and_in_float32():
     tokens = AnchorPrompt(MODEL, ["ant"], 50).tokens
     assert tokens.dtype == torch.float32 and tokens.requires_grad
     assert tokens.std().item() == pytest.approx(0.02, rel=0.05)
-    assert AnchorPrompt(MODEL, ["ant"]).tokens.shape == (1, 128)
 
 
-def test_class_chunk_changes_no_anchor_feature_and_no_gradient(monkeypatch):
-    sizes, encode = [], prompts._encode_classes
-
-    def noted(clip_model, contexts, suffix, *rest):
-        sizes.append(len(suffix))
-        return encode(clip_model, contexts, suffix, *rest)
-    monkeypatch.setattr(prompts, "_encode_classes", noted)
-    found = []
-    for class_chunk in (0, 2):
-        torch.manual_seed(0)
-        prompt = AnchorPrompt(MODEL, NAMES, 2, class_chunk=class_chunk).double()
-        features = prompt()
-        found.append((features, torch.autograd.grad(features[:, 0].sum(), prompt.tokens)[0]))
-    for whole, chunked in zip(*found):
-        assert relative(chunked, whole) < 1e-12
-    assert sizes[:4] == [5, 2, 2, 1]
-
-
-@pytest.mark.parametrize("preposition", ["of", "none"])
-def test_features_of_frozen_anchors_are_those_of_their_prompt(preposition):
-    torch.manual_seed(0)
-    prompt = AnchorPrompt(MODEL, NAMES, 2, preposition)
-    features = anchor_features(MODEL, NAMES, prompt.tokens, preposition)
+def test_features_of_frozen_anchors_are_those_of_their_prompt_on_any_classes():
+    features = anchor_features(MODEL, ["rhino"], TOKENS, "none")
+    prompt = AnchorPrompt(MODEL, ["rhino"], 2, "none")
+    prompt.tokens.data.copy_(TOKENS)
     assert not features.requires_grad and torch.equal(features, prompt())
-    assert relative(anchor_features(MODEL, NAMES, prompt.tokens, preposition, 2), features) < 1e-12
 
 
-def test_set_classes_rebinds_the_same_anchor():
-    torch.manual_seed(0)
-    prompt = AnchorPrompt(MODEL, NAMES, 2)
-    torch.manual_seed(0)
-    assert torch.equal(prompt.set_classes(["rhino"])(), AnchorPrompt(MODEL, ["rhino"], 2)())
-
-
-def test_an_anchor_has_at_least_one_token():
-    with pytest.raises(ValueError, match="at least one.*0"):
-        AnchorPrompt(MODEL, NAMES, 0)
-
-
-@pytest.mark.parametrize("n_anchor, preposition, room", [(1, "of", 72), (3, "because of", 69),
-                                                         (2, None, 72)])
+@pytest.mark.parametrize("n_anchor, preposition, room", [(1, "of", 72), (3, "because of", 69)])
 def test_the_longest_class_name_fits_and_one_token_more_is_named(n_anchor, preposition, room):
     longest = " ".join(["ant"] * room)      # [SOS] + N + preposition + name + "." + [EOT] = 77
     prompt = AnchorPrompt(MODEL, ["ant", longest], n_anchor, preposition).double()
-    words = TOKENIZER.encode(preposition or "")
+    words = TOKENIZER.encode(preposition)
     t_anc = torch.cat([prompt.tokens, MODEL.token_embedding.weight[words]])
-    assert 1 + len(t_anc) + room + 2 == 77
     assert relative(prompt(), unit(encode_77(MODEL, t_anc, ["ant", longest]))) < 1e-12
     with pytest.raises(ValueError) as error:
         AnchorPrompt(MODEL, ["yak", longest + " ant"], n_anchor, preposition)
@@ -90,42 +54,31 @@ def test_the_longest_class_name_fits_and_one_token_more_is_named(n_anchor, prepo
 
 
 def test_saved_anchors_come_back_with_their_settings(tmp_path):
-    tokens = torch.randn(2, 16)
-    save_anchor(tmp_path / "anchor.pt", tokens, {"preposition": "of", "anchor_length": 2})
+    save_anchor(tmp_path / "anchor.pt", TOKENS, {"preposition": "of", "anchor_length": 2})
     again, settings = load_anchor(tmp_path / "anchor.pt")
-    assert torch.equal(again, tokens) and settings == {"preposition": "of", "anchor_length": 2}
+    assert torch.equal(again, TOKENS) and settings == {"preposition": "of", "anchor_length": 2}
     with pytest.raises(FileNotFoundError):
         load_anchor(tmp_path / "none.pt")
 
 
-def released_style(tokens):
-    """A checkpoint as the authors' trainer writes it: with live optimizer and schedule objects."""
-    layer = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+def test_released_checkpoints_load_without_their_live_optimizer(tmp_path):
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
     optimizer.state = collections.defaultdict(dict, {0: {"momentum_buffer": torch.zeros(1)}})
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
-    return {"state_dict": {"ctx": torch.zeros(4, 512).half(), "anchor_ctx_1": tokens}, "epoch": 100,
-            "optimizer": {"state": optimizer.state, "held": optimizer}, "scheduler": schedule}
-
-
-def test_released_checkpoints_load_without_their_optimizer(tmp_path):
-    tokens = torch.randn(1, 512).half()
-    torch.save(released_style(tokens), tmp_path / "model.pth.tar-100")
-    again, settings = load_anchor(tmp_path / "model.pth.tar-100")
-    assert torch.equal(again, tokens.float()) and settings == {}
-
-
-def test_several_released_anchor_tokens_come_in_their_order(tmp_path):
-    state = {f"anchor_ctx_{i}": torch.full((1, 4), float(i)) for i in (10, 2, 1)}
-    torch.save({"state_dict": state | {"ctx": torch.zeros(4, 4)}}, tmp_path / "three.pt")
-    assert load_anchor(tmp_path / "three.pt")[0][:, 0].tolist() == [1, 2, 10]
+    # Several anchor tokens come in the order of their numbers.
+    state = {f"anchor_ctx_{i}": torch.full((1, 4), float(i)).half() for i in (10, 2, 1)}
+    torch.save({"state_dict": state | {"ctx": torch.zeros(4, 4)}, "epoch": 100,
+                "optimizer": {"state": optimizer.state, "held": optimizer},
+                "scheduler": schedule}, tmp_path / "model.pth.tar-100")
+    tokens, settings = load_anchor(tmp_path / "model.pth.tar-100")
+    assert tokens.dtype == torch.float32 and settings == {}
+    assert tokens.tolist() == [4 * [1.0], 4 * [2.0], 4 * [10.0]]
 
 
 @pytest.mark.skipif(not RELEASED.exists(), reason="the authors' file is not beside the project")
 def test_the_authors_eurosat_anchor_loads():
     tokens, settings = load_anchor(RELEASED)
-    assert tokens.shape == (1, 512) and tokens.dtype == torch.float32
-    assert tokens.abs().max() > 0 and settings == {}
+    assert tokens.shape == (1, 512) and tokens.abs().max() > 0 and settings == {}
 
 
 def refused(path, *facts):
@@ -140,7 +93,7 @@ def test_a_pickle_with_other_globals_is_refused_and_nothing_runs(tmp_path, besid
     if beside:
         content = {"state_dict": {"anchor_ctx_1": torch.zeros(1, 4)}, "scheduler": content}
     torch.save(content, tmp_path / "bad.pt")
-    refused(tmp_path / "bad.pt", "mkdir")
+    refused(tmp_path / "bad.pt", "not run")
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(content))
     refused(tmp_path / "plain.pkl")
     assert not (tmp_path / "ran").exists()
@@ -154,14 +107,10 @@ def test_a_flipped_bit_is_found(tmp_path):
     refused(tmp_path / "anchor.pt")
 
 
-TOKENS = torch.zeros(1, 4)
-
-
 @pytest.mark.parametrize("content", [
-    {"a": 1}, [1], {"anchor_tokens": TOKENS}, {"anchor_tokens": TOKENS, "settings": 1},
+    [1], {"a": 1}, {"anchor_tokens": TOKENS}, {"anchor_tokens": TOKENS, "settings": 1},
     *({"anchor_tokens": wrong, "settings": {}} for wrong in (
-        TOKENS[0], TOKENS[:0], torch.tensor([[0, float("nan")]]),
-        torch.tensor([[0, float("inf")]]), "text")),
+        TOKENS[0], TOKENS * torch.inf, "text")),
     {"state_dict": {"x": TOKENS}},
     {"state_dict": {"anchor_ctx": TOKENS, "anchor_ctx_2": torch.zeros(1, 5)}}])
 def test_files_without_anchor_tokens_are_refused_with_their_path(tmp_path, content):
@@ -172,8 +121,7 @@ def test_files_without_anchor_tokens_are_refused_with_their_path(tmp_path, conte
 def test_nearest_words_of_a_words_own_embedding_start_with_that_word():
     ids = TOKENIZER.encode("lamp") + TOKENIZER.encode("rooster")
     words = nearest_words(MODEL.token_embedding.weight[ids], MODEL, 3)
-    assert [row[0][0] for row in words] == ["lamp", "rooster"] and len(words[0]) == 3
-    assert words[0][0][1] == pytest.approx(0, abs=1e-3)
+    assert [row[0][0] for row in words] == ["lamp", "rooster"]
     others = (MODEL.token_embedding.weight - MODEL.token_embedding.weight[ids[0]]).norm(dim=1)
     expected = others.topk(3, largest=False).values[1:].tolist()
     assert [distance for _, distance in words[0][1:]] == pytest.approx(expected, rel=1e-3)

@@ -2,13 +2,13 @@
 
 import collections
 import json
-import os
+import sys
 
 import bench
 import position
 import pytest
 import torch
-from reference import as_exact_as, encode_77, relative, tiny_clip
+from reference import as_exact_as, tiny_clip
 
 EXACT, SINGLE = tiny_clip(dtype=torch.float64), tiny_clip()         # the same weights
 
@@ -67,12 +67,6 @@ def test_a_wrong_step_shows_in_the_differences():
     assert min(bench.differences(case).values()) > 1e-3
 
 
-def test_batched_text_encoder_equals_the_one_that_goes_name_by_name():
-    names, context = bench.class_names(9), torch.randn(5, 128, dtype=torch.float64)
-    batched = bench.encode_77(EXACT, context, bench.tokenise_77(EXACT, names, 5))
-    assert relative(batched, encode_77(EXACT, context, names)) < 1e-12
-
-
 def test_kernels_are_counted_without_views():
     x = torch.randn(4, 6, requires_grad=True)
     with bench.Kernels() as counter:
@@ -82,7 +76,7 @@ def test_kernels_are_counted_without_views():
         assert counter.count == 2
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux tells the peak")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak")
 def test_peak_memory_is_what_a_function_takes_at_most():
     def take(numbers):
         return bench.peak_gb(lambda: torch.ones(numbers), torch.device("cpu"))
@@ -90,18 +84,11 @@ def test_peak_memory_is_what_a_function_takes_at_most():
     assert 0.7 < take(200_000_000) - take(1) < 0.9                  # 0.8 GB; nothing stays behind
 
 
-def test_all_steps_after_the_first_are_watched(monkeypatch):
-    modes = []
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    bench.project_steps(bench.make_case("maple", SINGLE, 5, 2), 3, watched=True)
-    assert modes == ["error", "error", "default"]
-
-
 def test_the_command_measures_everything_and_writes_it(tmp_path, capsys):
     assert bench.main(["--quick", "--output", str(tmp_path)]) == 0
-    text = (tmp_path / "bench.txt").read_text()
-    assert text == capsys.readouterr().out and "aten::" in text
+    out = capsys.readouterr().out
     found = json.loads((tmp_path / "bench.json").read_text())
+    assert all(f"\n{table}\n" in out for table in found)
     assert [row["learner"] for row in found["a. a step"]] == list(bench.ROWS)
     for row in found["a. a step"]:
         assert row["loss_differs_by"] < 1e-4 and row["gradients_differ_by"] < 1e-3
@@ -116,18 +103,13 @@ def test_the_command_measures_everything_and_writes_it(tmp_path, capsys):
 
 def test_what_takes_too_long_or_fails_is_said_and_leaves_the_rest(monkeypatch, capsys):
     assert bench.main(["--quick", "--minutes", "0"]) == 0
-    out = capsys.readouterr().out
-    assert all(f"{part}. " in out for part in "abcde") and out.count("left out") == 9
-
+    assert capsys.readouterr().out.count("left out") == 7
     args = bench.parse(["--quick"])
     args.clip_model, args.image_seconds, args.encode, args.memory = SINGLE, 1e-3, list, 0.1
     bench.measure_cell(args, "coop", 5)                             # more memory than there is
-    row, = args.report.figures["a. a step"]
+    (row,) = args.tables["a. a step"]
     assert "left out" in row["conventional_s"] and row["project_s"] > 0
-    args.left = lambda: 30                                          # two runs of no second
-    bench.runs(args)
-    assert "c. a run: left out" in capsys.readouterr().out
     monkeypatch.setattr(bench, "make_case", None)                   # so all that needs one fails
     assert bench.main(["--quick"]) == 1
     out = capsys.readouterr().out
-    assert out.count("FAILED") == 8 and "b. " in out
+    assert out.count("FAILED") == 6 and "b. " in out

@@ -1,4 +1,4 @@
-"""Files and names from others, mutated at random.
+"""Files from others, mutated at random.
 
 Each works or ends in one line, never in a traceback or a changed file.
 """
@@ -22,8 +22,8 @@ import prompts
 import stage1
 import stage2
 import worlds
-from anchor import AnchorPrompt, load_anchor, save_anchor
-from reference import TOKENIZER, as_huggingface, encode_77, random_state, relative, tiny_clip
+from anchor import load_anchor, save_anchor
+from reference import tiny_clip
 
 MODEL = tiny_clip(layers=2, width=64)
 SPLIT = "split_zhou_DescribableTextures.json"
@@ -88,16 +88,15 @@ TEXTS = st.one_of(
     st.sampled_from(["", " ", "\0", "\n", "\ud800", "é\u0301", "\u202eabc", "🦏", "'\"", "../..",
                      "final", "a\nb", "1e999", "&nbsp;", "<|endoftext|>", "word " * 60]),
     st.text(max_size=8))
-NUMBERS = st.sampled_from([10 ** 30, -0.0, 0.5, float("nan"), float("inf")])
+NUMBERS = st.sampled_from([10 ** 30, 0.5, float("nan")])
 PLAIN = st.one_of(st.none(), st.booleans(), st.integers(-3, 60), NUMBERS, TEXTS)
 JSON = st.recursive(
     PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=5)
-SHAPES = st.lists(st.integers(0, 5), max_size=3) | st.sampled_from([[1, 64], [4, 64], [5, 5]])
-DTYPES = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool, torch.complex64,
-                          torch.float64])
+SHAPES = st.lists(st.integers(0, 5), max_size=3) | st.just([1, 64])
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.complex64])
 TENSORS = st.builds(lambda shape, dtype, value: torch.full(shape, value).to(dtype),
-                    SHAPES, DTYPES, st.sampled_from([0.0, 0.5, float("nan"), float("inf")]))
+                    SHAPES, DTYPES, st.sampled_from([0.5, float("nan")]))
 
 
 def places(value, path=()):
@@ -110,7 +109,7 @@ def places(value, path=()):
 
 @st.composite
 def mutated(draw, value, others):
-    """`value` with one to three parts replaced, left out, doubled or under another key."""
+    """`value` with one to three parts replaced or left out."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(sorted(places(value), key=len)))
@@ -118,37 +117,25 @@ def mutated(draw, value, others):
             value = draw(others) if draw(st.integers(0, 9)) == 0 else value
             continue
         parent = functools.reduce(lambda part, key: part[key], path[:-1], value)
-        action = draw(st.sampled_from(["replace", "replace", "replace", "drop", "double"]))
-        if action == "replace":
+        if draw(st.booleans()):
             parent[path[-1]] = draw(others)
-        elif action == "drop":
-            del parent[path[-1]]
-        elif isinstance(parent, list):
-            parent.insert(path[-1], copy.deepcopy(parent[path[-1]]))
         else:
-            parent[draw(TEXTS)] = parent.pop(path[-1])
+            del parent[path[-1]]
     return value
 
 
 @st.composite
 def damaged(draw, whole):
-    """Bytes cut off somewhere, or one to eight of their bits flipped, or bytes in between lost."""
-    kind = draw(st.sampled_from(["cut", "flip", "flip", "flip", "lose"]))
-    at = draw(st.integers(0, len(whole) - 1))
-    if kind == "cut":
-        return whole[:at]
-    if kind == "lose":
-        return whole[:at] + whole[at + draw(st.integers(1, 40)):]
+    """One to eight bits of these bytes flipped."""
     changed = bytearray(whole)
-    for place in [at, *draw(st.lists(st.integers(0, len(whole) - 1), max_size=7))]:
+    for place in draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=8)):
         changed[place] ^= 1 << draw(st.integers(0, 7))
     return bytes(changed)
 
 
 def json_bytes(values):
-    """As a JSON file has them, in ASCII or not."""
-    return st.builds(lambda value, ascii_only: json.dumps(value, ensure_ascii=ascii_only).encode(
-        errors="surrogatepass"), values, st.booleans())
+    return values.map(lambda value: json.dumps(value, ensure_ascii=False).encode(
+        errors="surrogatepass"))
 
 
 def torch_bytes(content):
@@ -199,129 +186,27 @@ def file_of(world, name, kind="coop"):
     return path
 
 
-# ---------------------------------------------------------------------------- class names
-
-WORDS = st.lists(st.sampled_from(["rhino", "yin yang", "water lilly", "a", "F-16A/B", "colt's"]),
-                 min_size=1, max_size=60).map(" ".join)
-CHARACTERS = st.text(st.characters(), max_size=12)      # of all of Unicode, lone surrogates too
-MARKS = st.text(st.sampled_from("🦏🐘é\u200d'\"’“.!-_ \t"), max_size=30)
-CLASS_NAMES = st.lists(WORDS | CHARACTERS | TEXTS | MARKS, min_size=1, max_size=3)
-WRITTEN = "a photo of a {}, {{}} 🦏."
-
-
-def ids(text):
-    """Its tokens; none where it cannot be encoded at all."""
-    with contextlib.suppress(UnicodeEncodeError):
-        return TOKENIZER.encode(text)
-    return []
-
-
-def after_soft_tokens(names, n):
-    template = prompts.PlainTemplate(MODEL, n)
-    fast = prompts.CoOp(MODEL, names, template).text_features()
-    return fast, encode_77(MODEL, template.soft_tokens, names)
-
-
-def before_an_anchor(names, n):
-    """Tab. 8's "after class token": [SOS] V_1..V_4, name, anchor, "." and [EOT] must fit."""
-    template = prompts.AnchorTemplate(MODEL, 4, torch.randn(n, 64), "after-class")
-    fast = prompts.CoOp(MODEL, names, template).text_features()
-    return fast, encode_77(MODEL, template.soft_tokens, names, inside=template.anchor_tokens)
-
-
-def after_an_anchor(names, n):
-    prompt = AnchorPrompt(MODEL, names, n, "🦏")
-    t_anc = torch.cat([prompt.tokens, MODEL.token_embedding.weight[ids("🦏")]])
-    slow = encode_77(MODEL, t_anc, names)
-    return prompt(), prompts.unit(slow)
-
-
-def in_written_prompts(names, n):
-    sentences = [WRITTEN.format(name).removesuffix(".") for name in names]
-    return (prompts.ZeroShot(MODEL, names, WRITTEN).text_features(),
-            encode_77(MODEL, torch.zeros(0, 64), sentences))        # which ends them with "."
-
-
-def with_its_stop(name):
-    return len(ids(name + "."))
-
-
-# The prompt, and the tokens of a name in it with all that stands beside it.
-@pytest.mark.parametrize("in_a_prompt, length", [
-    (after_soft_tokens, lambda name, n: 1 + n + with_its_stop(name) + 1),
-    (after_an_anchor, lambda name, n: 1 + n + len(ids("🦏")) + with_its_stop(name) + 1),
-    # "!." is one token, "!" and "." are two.
-    (before_an_anchor,
-     lambda name, n: 1 + 4 + max(with_its_stop(name), len(ids(name)) + 1) + n + 1),
-    (in_written_prompts, lambda name, n: 1 + len(ids(WRITTEN.format(name))) + 1)])
-def test_class_names_work_exactly_where_they_have_tokens_and_fit(in_a_prompt, length):
-    def check(drawn):
-        names, n = drawn
-        written = in_a_prompt is in_written_prompts
-        fits = all(ids(WRITTEN.format(name) if written else name) and length(name, n) <= 77
-                   for name in names)
-        torch.manual_seed(0)
-        try:
-            with torch.no_grad():
-                fast, slow = in_a_prompt(names, n)
-        except ValueError as error:
-            assert not fits and str(error)
-            return
-        assert fits and relative(fast, slow) < 1e-4
-    each(check, 60, st.tuples(CLASS_NAMES, st.integers(1, 8)))
-
-
 # ---------------------------------------------------------------------------- files of a dataset
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    worlds.dtd_tree(root, per_class=4, classes=3)
-    return root
-
-
-def check_split(root, content):
-    """Does this split file work? If so, all of it is sound. It is survived either way."""
-    file = root / "dtd" / SPLIT
+def test_split_files(tmp_path):
+    worlds.dtd_tree(tmp_path, per_class=4, classes=3)
+    file = tmp_path / "dtd" / SPLIT
     whole = file.read_bytes()
 
     def call():
-        dataset = data.load_dataset("dtd", root)
+        dataset = data.load_dataset("dtd", tmp_path)
         assert all(isinstance(name, str) for name in dataset.class_names)
-        assert dataset.train and dataset.test
         for item in dataset.train + dataset.val + dataset.test:
             assert 0 <= item.label < len(dataset.class_names)
             data.load_image(item.source)
-    try:
-        file.write_bytes(content)
-        return survives(call, file)
-    finally:
-        file.write_bytes(whole)
-
-
-def test_split_files(tree):
-    whole = (tree / "dtd" / SPLIT).read_bytes()
-    assert check_split(tree, whole) and check_split(tree, b"\xef\xbb\xbf" + whole)
-    assert not check_split(tree, b"[" * 100_000)
-    check = functools.partial(check_split, tree)
-    assert not any(map(check, cut_short(whole.rstrip())))
-    each(check, 200, json_bytes(mutated(json.loads(whole), JSON)))
-    each(check, 80, damaged(whole))
-
-
-def test_the_inventory_answers_any_split_file_in_its_line(tree):
-    file = tree / "dtd" / SPLIT
-    whole = file.read_text()
 
     def check(content):
         file.write_bytes(content)
-        worked, out, _ = main_survives(data, ["--root", tree], file)
-        assert worked and len(out.rstrip("\n").split("\n")) == len(data.DATASETS), out
-    split = json.loads(whole.replace('"blotchy"', '"blot\\nchy"'))
-    try:
-        each(check, 15, json_bytes(mutated(split, JSON)))
-    finally:
-        file.write_text(whole)
+        return survives(call, file)
+    assert check(whole) and not check(b"[" * 100_000)
+    assert not any(map(check, cut_short(whole.rstrip())))
+    each(check, 200, json_bytes(mutated(json.loads(whole), JSON)))
+    each(check, 60, damaged(whole))
 
 
 def test_description_files(tmp_path):
@@ -331,8 +216,7 @@ def test_description_files(tmp_path):
 
     def call():
         found = data.load_descriptions(file, ["banded", "blot chy", "éclair"], 2)
-        features = stage1.description_features(MODEL, found)
-        assert [len(feature) for feature in features] == [len(own) for own in found]
+        assert stage1.description_means(MODEL, found).isfinite().all()
         assert all(1 <= len(own) <= 2 for own in found)
 
     def check(content):
@@ -340,26 +224,20 @@ def test_description_files(tmp_path):
         return survives(call, file)
     assert check(whole) and not check(b"[" * 100_000)
     assert not any(map(check, cut_short(whole)))
-
     each(check, 150, json_bytes(mutated(sentences, JSON)))
     each(check, 80, damaged(whole))
 
 
 # ---------------------------------------------------------------------------- our own files
 
-@pytest.mark.parametrize("name, options", [("results.json", []),
-                                           ("eval-eurosat.json", ["--table", 2])])
-def test_results_that_are_cut_short_or_something_else_are_named(tmp_path, world, name, options):
-    file = tmp_path / "dtd" / "coop-anchoropt" / "seed1" / name
+def test_results_that_are_cut_short_or_something_else_are_named(tmp_path, world):
+    file = tmp_path / "dtd" / "coop-anchoropt" / "seed1" / "results.json"
     file.parent.mkdir(parents=True)
     whole = file_of(world, "results.json").read_bytes()
-    if name != "results.json":                  # an evaluation stands beside its run
-        file.with_name("results.json").write_bytes(whole)
-        whole = json.dumps(json.loads(whole) | {"dataset": "eurosat"}).encode()
 
     def worked(content):
         file.write_bytes(content)
-        worked, _, err = main_survives(evaluation, [tmp_path, *options], file)
+        worked, _, err = main_survives(evaluation, [tmp_path], file)
         assert worked or str(file) in err
         return worked
 
@@ -394,44 +272,26 @@ def test_anchor_files(tmp_path):
     check_checkpoint(path, torch.load(path, weights_only=True), call, 150)
 
 
-def test_released_anchor_files(tmp_path):
-    path = tmp_path / "model.pth.tar"
-    state = {"anchor_ctx_1": torch.zeros(1, 64).half(), "anchor_ctx_2": torch.ones(2, 64)}
-    check_checkpoint(path, {"state_dict": state, "epoch": 3}, lambda: load_anchor(path), 80)
-
-
 def test_prompt_files(tmp_path, world):
     path, clip_model = tmp_path / "prompt.pt", prompts.load_clip(world / "clip.pt")
 
     def call():
         saved = evaluation.load_prompt(path)
-        evaluation.load_learner(path, saved, clip_model)
-    content = torch.load(file_of(world, "prompt.pt"), weights_only=True)
-    check_checkpoint(path, content, call, 150)
+        evaluation.load_learner(saved, clip_model)
+    check_checkpoint(path, torch.load(file_of(world, "prompt.pt"), weights_only=True), call)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_the_file_that_a_stage_goes_on_from_is_refused_where_its_bytes_changed(tmp_path, world,
-                                                                              stage):
-    path, whole = tmp_path / "last.pt", file_of(world, "last.pt", ("anchor", "coop")[stage - 1])
-    content = torch.load(whole, weights_only=True)
-    assert len(content["log"]) == 2
+def test_the_file_that_a_stage_goes_on_from_is_refused_where_its_bytes_changed(tmp_path, world):
+    path, prompt = tmp_path / "last.pt", file_of(world, "prompt.pt")
+    content = torch.load(file_of(world, "last.pt"), weights_only=True)
 
     def call():
-        part = AnchorPrompt(MODEL, ["ant", "rhino"])
-        if stage == 2:
-            prompt = file_of(world, "prompt.pt")
-            part = evaluation.load_learner(prompt, evaluation.load_prompt(prompt), MODEL)
-        name = ("prompt", "learner")[stage - 1]
-        parts = {name: part, "optimizer": stage1.sgd(part.parameters(), 0.002)}
-        try:
-            epochs = stage1.Epochs("a stage", 2, 1, parts, path, content["facts"])
-        except ValueError as error:
-            assert str(path) in str(error)
-            raise
+        part = evaluation.load_learner(evaluation.load_prompt(prompt), MODEL)
+        parts = {"learner": part, "optimizer": stage1.sgd(part.parameters(), 0.002)}
+        epochs = stage1.Epochs("a stage", 2, 1, parts, path, content["facts"])
         assert epochs.log == content["log"]
         for key, value in part.state_dict().items():
-            assert torch.equal(value, content[name][key])
+            assert torch.equal(value, content["learner"][key])
     check_checkpoint(path, content, call)
 
 
@@ -456,21 +316,6 @@ def test_clip_checkpoints(tmp_path):
     path = tmp_path / "clip.pt"
     state = small(dict(tiny_clip(layers=1, width=64).state_dict()))
     check_checkpoint(path, state, lambda: use(path), 80, 20)
-
-
-def test_configs_of_huggingfaces_folders(tmp_path):
-    path = tmp_path / "config.json"
-    torch.save(small(as_huggingface(random_state(64, 64, 1))), tmp_path / "pytorch_model.bin")
-    config = {"auto_map": {"AutoModel": "mine.CLIP"},
-              "text_config": {"num_attention_heads": 1, "hidden_act": "gelu"},
-              "vision_config": {"num_attention_heads": 1, "image_size": 24, "patch_size": 8}}
-
-    def check(content):
-        path.write_bytes(content)
-        return survives(lambda: use(tmp_path), path)
-    whole = json.dumps(config).encode()
-    assert check(whole) and not any(map(check, cut_short(whole)))
-    each(check, 80, json_bytes(mutated(config, JSON)))
 
 
 # ---------------------------------------------------------------------------- whole scripts

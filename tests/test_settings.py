@@ -2,19 +2,16 @@
 
 The tables: the authors' reproduction guides (docs/AnchorOPT.md and docs/ATPrompt.md of their
 repository), the paper's S2.2, and the scripts of CoOp, MaPLe and DePT behind the printed baselines.
-Below them, what the options make of a cell's settings.
 """
 
 import argparse
-import csv
 import hashlib
-import os
 import re
 
 import pytest
 
-import data
 import stage1
+import stage2
 import worlds
 
 # Stage I: epochs, MSE weight.
@@ -62,7 +59,6 @@ COOP_ANCHOROPT_STEP = (8, 0.0005)
 # Plain baselines: M, epochs; what a dataset has in its own way.
 PLAIN = {"coop": (4, 200), "cocoop": (4, 10), "maple": (2, 5), "dept": (4, 20)}
 PLAIN_OWN = {("coop", "imagenet"): (4, 50)}
-START_WORDS = {"coop": "a photo of a", "cocoop": "a photo of a", "maple": "a photo of a"}
 
 # ATPrompt: the same. No guide names dept on imagenet.
 ATPROMPT = {"coop": (2, 100), "cocoop": (2, 10), "maple": (4, 5), "dept": (4, 10)}
@@ -118,7 +114,7 @@ def test_plain_baselines_run_as_the_scripts_behind_their_printed_figures(baselin
     settings = settings_of(dataset, baseline, "plain")
     expected = PLAIN_OWN.get((baseline, dataset), PLAIN[baseline])
     assert values(settings, *METHOD) == (*expected, *STEP[baseline], 1)
-    assert settings.get("start_words") == START_WORDS.get(baseline)
+    assert settings.get("start_words") == (None if baseline == "dept" else "a photo of a")
     assert settings.get("w_cat") == (0.7 if baseline == "dept" else None)
     check_common(settings, baseline, set() if baseline == "dept" else {"start_words"})
 
@@ -148,12 +144,7 @@ def test_anchoropt_runs_as_its_guide_says(baseline, dataset):
     step = COOP_ANCHOROPT_STEP if baseline == "coop" else STEP[baseline]
     assert values(settings, *METHOD, "lambda_2", "temperature") == (M, epochs, *step, ce, kd, T)
     check_common(settings, baseline, OF_ANCHOROPT)
-
-
-@each_dataset
-@each_baseline
-def test_every_anchor_is_learnt_as_the_guide_says(baseline, dataset):
-    settings = settings_of(dataset, baseline, "anchoropt")
+    # Stage I.
     assert values(settings, "anchor_epochs", "anchor_weight") == STAGE_1[dataset]
     sentences = 5 if dataset == "imagenet" else 10
     assert values(settings, "anchor_lr", "max_descriptions") == (0.002, sentences)
@@ -166,30 +157,23 @@ def test_every_anchor_is_learnt_as_the_guide_says(baseline, dataset):
 @each_baseline
 @pytest.mark.parametrize("template", ("plain", "atprompt", "anchoropt"))
 def test_tables_2_and_4_have_settings_of_their_own_where_a_source_says_so(baseline, template):
-    settings = settings_of("imagenet", baseline, template, "all")
-    base = settings_of("imagenet", baseline, template)
-    assert settings["classes"] == "all"
-    if (baseline, template) not in ALL_CLASSES:
-        assert settings == base | {"classes": "all"}
-        return
-    assert values(settings, *METHOD) == ALL_CLASSES[baseline, template]
-    assert settings.get("depth") == (3 if baseline == "maple" else None)
-    assert settings.get("start_words") == base.get("start_words")
-    if template == "anchoropt":
-        assert values(settings, "lambda_2", "temperature", "max_descriptions") == (1, 1, 5)
-        assert values(settings, "anchor_epochs", "anchor_weight") == STAGE_1["imagenet"]
-    for dataset in DATASETS[1:]:
-        other = settings_of(dataset, baseline, template)
-        assert settings_of(dataset, baseline, template, "all") == other | {"classes": "all"}
+    of_all = {dataset: settings_of(dataset, baseline, template, {"classes": "all"})
+              for dataset in DATASETS}
+    base = {dataset: settings_of(dataset, baseline, template) for dataset in DATASETS}
+    if (baseline, template) in ALL_CLASSES:
+        settings = of_all.pop("imagenet")
+        assert values(settings, *METHOD) == ALL_CLASSES[baseline, template]
+        assert settings.get("depth") == (3 if baseline == "maple" else None)
+        if template == "anchoropt":
+            assert values(settings, "lambda_2", "temperature", "max_descriptions") == (1, 1, 5)
+    assert of_all == {dataset: base[dataset] for dataset in of_all}
 
 
 @each_baseline
 def test_a_dataset_of_ones_own_gets_what_most_of_the_eleven_have(baseline):
     settings = settings_of("my_flowers", baseline, "anchoropt")
-    rows = [settings_of(dataset, baseline, "anchoropt") for dataset in DATASETS]
-    assert None not in settings.values()
     for key in ("soft_tokens", "epochs", "lambda_1", "anchor_epochs", "anchor_weight"):
-        found = [row[key] for row in rows]
+        found = [settings_of(dataset, baseline, "anchoropt")[key] for dataset in DATASETS]
         assert found.count(settings[key]) == max(map(found.count, found)), key
 
 
@@ -198,13 +182,18 @@ def test_the_toy_world_has_a_clip_and_settings_of_its_own(baseline):
     settings = settings_of("toy", baseline, "anchoropt")
     assert values(settings, "clip", "epochs", "batch_size", "anchor_epochs") == ("toy", 20, 8, 30)
     assert settings["lambda_2"] == {"coop": 100, "dept": 0}.get(baseline, 1000)
-    assert settings_of("toy", baseline, "plain")["epochs"] == 20
 
 
-def test_one_stage_has_neither_stage_of_its_own():
-    two, one = (settings_of("dtd", "coop", "anchoropt", one_stage=each) for each in (False, True))
-    assert set(two) - set(one) == {"anchor_epochs", "anchor", "lambda_2", "temperature"}
-    assert one == {key: two[key] for key in one} | {"one_stage": True}
+@pytest.mark.parametrize("given, gone", [
+    ({"one_stage": True}, {"anchor_epochs", "anchor", "lambda_2", "temperature"}),
+    ({"anchor": "a.pt"}, {"anchor_epochs", "descriptions", "max_descriptions", "anchor_lr",
+                          "anchor_weight"}),
+    ({"arrangement": "before"}, {"tau", "test_position", "soft_W", "draw"})])
+def test_what_is_given_decides_what_else_there_is_to_set(given, gone):
+    usual = settings_of("dtd", "coop", "anchoropt")
+    own = settings_of("dtd", "coop", "anchoropt", given)
+    assert set(usual) - set(own) == gone
+    assert own == {key: usual[key] for key in own}
 
 
 def test_zero_shot_clip_has_the_fields_prompt_and_nothing_to_learn():
@@ -214,54 +203,33 @@ def test_zero_shot_clip_has_the_fields_prompt_and_nothing_to_learn():
     assert settings_of("my_flowers", "clip", "plain")["prompt"] == "a photo of a {}."
 
 
-# ---------------------------------------------------------------------------- where from
-
-DOCUMENT = re.compile(
-    r"(authors' reproduction guide docs/AnchorOPT\.md, Stage (I|II): "
-    r"(Anchor Pretraining|(CoOp|CoCoOp|MaPLe|DePT)\+AnchorOPT)"
-    r"|ATPrompt's reproduction guide docs/ATPrompt\.md, "
-    r"(Base-to-Novel Experiments|Cross-dataset & Domain Generalization): "
-    r"(CoOp|CoCoOp|MaPLe|DePT)\+ATPrompt"
-    r"|ATPrompt's reproduction guide docs/ATPrompt\.md, Detailed Hyperparameters for Reproducing: "
-    r"the table of attributes"
-    r"|paper S2\.2\.[2-5]"
-    r"|(ATPrompt|CoOp|MaPLe) repository, (scripts|configs|anchor_weights)/\S+\.(sh|yaml|txt)"
-    r"|toy row, chosen on validation images"
-    r"|a dataset of one's own has no row: as most of the eleven have it)")
 NAMES = {"coop": "CoOp", "cocoop": "CoCoOp", "maple": "MaPLe", "dept": "DePT",
          "atprompt": "ATPrompt", "anchoropt": "AnchorOPT"}
+SOURCE = r"docs/\w+\.md|paper S2|repository, |toy row|one's own"
 
 
-def test_every_row_names_a_document_and_the_place_of_its_own_method():
-    with open(os.path.join(data.ASSETS, "settings.csv"), newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        assert DOCUMENT.search(row["source"]), row
+def test_every_row_names_its_source_and_there_the_place_of_its_own_method():
+    for row in stage1.SETTINGS_ROWS:
+        assert re.search(SOURCE, row["source"]), row
         section = re.search(r"(\w+)\+(\w+)", row["source"])
         if section and row["baseline"] != "*" and not row["source"].startswith("no guide names it"):
             assert section.groups() == (NAMES[row["baseline"]], NAMES[row["template"]]), row
-    assert {row["dataset"] for row in rows} == {*DATASETS, "toy", "*"}
+    assert {row["dataset"] for row in stage1.SETTINGS_ROWS} == {*DATASETS, "toy", "*"}
     assert set(stage1.ELEVEN) == set(DATASETS)
 
 
-# ---------------------------------------------------------------------------- options
-
-def resolved(dataset="dtd", baseline="coop", template="anchoropt", **given):
-    """(settings, changed) of a cell with these options; None is an option that is not given."""
-    given = {"classes": None} | given
-    return stage1.resolve(argparse.Namespace(**given), dataset, baseline, template)
+def resolved(baseline="coop", template="anchoropt", **given):
+    """(settings, changed) of a cell on dtd with these options; None is one that is not given."""
+    return stage1.resolve(argparse.Namespace(**given), "dtd", baseline, template)
 
 
 @pytest.mark.parametrize("given, changed", [
     ({"tau": 0.5, "epochs": 100, "lambda_1": None}, {"tau": 0.5}),      # 100 epochs are its own
-    ({"epochs": 2, "lr": 0.1}, {"epochs": 2, "lr": 0.1}),
     ({"classes": "all"}, {"classes": "all"}),
-    ({"one_stage": True}, {"one_stage": True}),
     ({"arrangement": "before"}, {"arrangement": "before"})])
 def test_an_option_is_set_and_named_where_it_is_off_the_cells_default(given, changed):
     settings, found = resolved(**given)
-    kind = {key: given[key] for key in ("classes", "one_stage") if key in given}
-    assert settings == settings_of("dtd", "coop", "anchoropt", **kind) | changed
+    assert settings == settings_of("dtd", "coop", "anchoropt", given) | changed
     assert found == changed
 
 
@@ -275,37 +243,28 @@ def test_files_are_named_by_content_and_an_anchor_has_a_length_and_a_word(tmp_pa
 
 
 @pytest.mark.parametrize("cell, given, option", [
-    (("coop", "plain"), {"tau": 0.5}, "--tau"),
-    (("coop", "plain"), {"lambda_2": 1.0}, "--lambda-2"),
+    (("coop", "plain"), {"one_stage": True}, "--one-stage"),
     (("coop", "anchoropt"), {"depth": 3}, "--depth"),
-    (("maple", "plain"), {"w_cat": 0.5}, "--w-cat"),
     (("coop", "anchoropt"), {"attributes": ["color"]}, "--attributes"),
     (("clip", "plain"), {"epochs": 3}, "--epochs"),
     (("coop", "anchoropt"), {"one_stage": True, "temperature": 2.0}, "--temperature"),
-    (("coop", "anchoropt"), {"arrangement": "before", "tau": 0.5}, "--tau"),
     (("coop", "anchoropt"), {"arrangement": "middle", "soft_W": True}, "--soft-W"),
-    (("coop", "anchoropt"), {"arrangement": "before", "draw": "once"}, "--draw"),
     (("coop", "anchoropt"), {"anchor": __file__, "anchor_epochs": 3}, "--anchor-epochs"),
-    (("coop", "anchoropt"), {"anchor": __file__, "descriptions": __file__}, "--descriptions"),
-    (("coop", "plain"), {"epochs": 1, "lr": 0.1}, "--lr"),          # epoch 1 runs at 1e-5
-    (("coop", "anchoropt"), {"anchor_epochs": 1, "anchor_lr": 0.1}, "--anchor-lr"),
     (("coop", "anchoropt"), {"anchor": "no/such/file"}, "no/such/file")])
 def test_an_option_without_meaning_is_refused(cell, given, option):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        resolved("dtd", *cell, **given)
-    assert option in str(error.value)
+        resolved(*cell, **given)
+    worlds.one_line(error, option)
 
 
 @pytest.mark.parametrize("option, wrong, right", [
-    ("--shots", "0", "1"), ("--soft-tokens", "1.5", "2"), ("--epochs", "-1", "0"),
-    ("--lr", "0", "1e-09"), ("--lr", "inf", "1.0"), ("--lambda-1", "-1", "0.0"),
-    ("--tau", "nan", "9.0"), ("--w-cat", "1.1", "1.0"), ("--temperature", "101", "100.0"),
-    ("--temperature", "0", "0.1"), ("--draw", "twice", "once")])
+    ("--shots", "0", "1"), ("--soft-tokens", "1.5", "2"), ("--lr", "inf", "1.0"),
+    ("--tau", "nan", "9.0"), ("--w-cat", "1.1", "1.0"), ("--draw", "twice", "once")])
 def test_values_out_of_range_are_refused_in_one_line(option, wrong, right, capsys):
-    parser = stage1.make_parser("x.py", "", {each.of for each in stage1.SETTINGS.values()}, ["run"])
+    parser = stage1.make_parser("x.py", "", stage2.GROUPS)
     given = vars(parser.parse_args([option, right]))
     assert str(given[option[2:].replace("-", "_")]) == right
     with pytest.raises(SystemExit) as error:
         parser.parse_args([option, wrong])
-    line = worlds.one_line(capsys.readouterr().err, option, wrong)
-    assert error.value.code == 2 and line.count("\n") == 1
+    assert error.value.code == 2
+    worlds.one_line(capsys.readouterr().err, option, wrong)

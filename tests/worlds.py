@@ -1,11 +1,8 @@
 """Small trees in the true layouts of the fifteen datasets, with the oddities that real disks have.
 
-Every `<name>_tree(folder, per_class, classes)` writes generated images under `folder` (what a user
-passes as --root) and returns the class names in label order, as CLIP should see them. TREES holds
-them all by name. `own_*_tree(folder)` are datasets of one's own.
-
-per_class: images of a class: half train, a quarter val, the rest test (so at least 4); `sizes`
-counts them.
+TREES: name -> a function that writes generated images under `root` (what a user passes as --root)
+and returns the class names in label order, as CLIP should see them. `own_*_tree(folder)` are
+datasets of one's own. per_class: images of a class: half train, a quarter val, the rest test.
 """
 
 import functools
@@ -18,7 +15,7 @@ from PIL import Image
 
 
 def one_line(error, *parts):
-    """The text of an error (or the text itself): one clear line, which holds all `parts`.
+    """The text of an error: one clear line, which holds all `parts`.
 
     error: text such as a script's stderr, an exception, or what pytest.raises gives.
     """
@@ -49,7 +46,6 @@ def write_image(path, label, index, mode="RGB", size=None):
     Image.fromarray(pixels).convert(mode).save(path, format=kind)
 
 
-# By turns, over the images of a tree.
 MODES = ["RGB", "L", "RGB", "CMYK", "RGB", "P", "RGB", "RGBA"]
 
 
@@ -63,12 +59,10 @@ def write_images(folder, paths_and_labels):
                 write_text(os.path.join(os.path.dirname(path), stray), "not an image\n")
 
 
-def write_descriptions(path, class_names, per_class=2):
+def write_descriptions(path, class_names):
     """A description file for `class_names`, for tests that do not care what it says."""
-    sentences = {name: [f"A {name} looks like sample {i}." for i in range(per_class)]
-                 for name in class_names}
+    sentences = {name: [f"A {name} is small.", f"A {name} is red."] for name in class_names}
     write_text(path, json.dumps(sentences))
-    return path
 
 
 def sizes(per_class):
@@ -79,23 +73,11 @@ def sizes(per_class):
 
 # ---------------------------------------------------------------------- nine with a split file
 
-# The 100 classes of the field's Caltech101 split, by folder of the archive.
-CALTECH101_FOLDERS = """
-    Faces Leopards Motorbikes accordion airplanes anchor ant barrel bass beaver binocular bonsai
-    brain brontosaurus buddha butterfly camera cannon car_side ceiling_fan cellphone chair
-    chandelier cougar_body cougar_face crab crayfish crocodile crocodile_head cup dalmatian
-    dollar_bill dolphin dragonfly electric_guitar elephant emu euphonium ewer ferry flamingo
-    flamingo_head garfield gerenuk gramophone grand_piano hawksbill headphone hedgehog
-    helicopter ibis inline_skate joshua_tree kangaroo ketch lamp laptop llama lobster lotus
-    mandolin mayfly menorah metronome minaret nautilus octopus okapi pagoda panda pigeon pizza
-    platypus pyramid revolver rhino rooster saxophone schooner scissors scorpion sea_horse
-    snoopy soccer_ball stapler starfish stegosaurus stop_sign strawberry sunflower tick
-    trilobite umbrella watch water_lilly wheelchair wild_cat windsor_chair wrench
-    yin_yang""".split()
-CALTECH101 = dict(zip(CALTECH101_FOLDERS, CALTECH101_FOLDERS)) | {
-    "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike", "airplanes": "airplane"}
-CALTECH101_NAMES = list(CALTECH101.values())
-
+# Of the datasets' classes: folder -> name, or names alone.
+CALTECH101 = {
+    "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike", "accordion": "accordion",
+    "airplanes": "airplane", "ant": "ant", "car_side": "car_side", "sea_horse": "sea_horse",
+    "water_lilly": "water_lilly", "yin_yang": "yin_yang"}
 EUROSAT = {
     "AnnualCrop": "Annual Crop Land", "Forest": "Forest",
     "HerbaceousVegetation": "Herbaceous Vegetation Land", "Highway": "Highway or Road",
@@ -130,7 +112,7 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     "caltech101": Layout("caltech-101", "101_ObjectCategories", "Caltech101", CALTECH101,
-                         "{folder}/image_{i:04d}.jpg", 100),
+                         "{folder}/image_{i:04d}.jpg"),
     "oxford_pets": Layout("oxford_pets", "images", "OxfordPets", PETS, "{folder}_{i}.jpg"),
     "stanford_cars": Layout("stanford_cars", "", "StanfordCars", CARS,
                             "cars_{half}/{number:05d}.jpg"),
@@ -144,13 +126,6 @@ LAYOUTS = {
     "ucf101": Layout("ucf101", "UCF-101-midframes", "UCF101", ACTIONS,
                      "{folder}/v_{folder}_g{i:02d}_c01.jpg"),
 }
-
-
-def many(names, n):
-    """The first n of these classes as dict folder -> name, with made-up ones after the real."""
-    real = names if isinstance(names, dict) else dict(zip(names, names))
-    made_up = {f"made_up_class_{i:03d}": f"made_up_class_{i:03d}" for i in range(n)}
-    return dict(list((real | made_up).items())[:n])
 
 
 def json_tree(folder, images, split_file, classes, per_class, path):
@@ -178,23 +153,18 @@ def json_tree(folder, images, split_file, classes, per_class, path):
 
 
 def field_tree(name, root, per_class=4, classes=None):
-    """One of LAYOUTS."""
+    """One of LAYOUTS. classes: how many."""
     layout = LAYOUTS[name]
+    names = layout.names
+    if not isinstance(names, dict):
+        names = dict(zip(names, names))
     folder = os.path.join(root, layout.folder)
     if name == "caltech101":                                # two folders that are no class
         for no_class in ("BACKGROUND_Google", "Faces_easy"):
             for i in (1, 2):
                 write_image(f"{folder}/{layout.images}/{no_class}/image_{i:04d}.jpg", 99, i)
     return json_tree(folder, layout.images, f"split_zhou_{layout.split}.json",
-                     many(layout.names, classes or layout.classes), per_class, layout.path)
-
-
-caltech101_tree = functools.partial(field_tree, "caltech101")
-oxford_pets_tree = functools.partial(field_tree, "oxford_pets")
-stanford_cars_tree = functools.partial(field_tree, "stanford_cars")
-sun397_tree = functools.partial(field_tree, "sun397")
-dtd_tree = functools.partial(field_tree, "dtd")
-eurosat_tree = functools.partial(field_tree, "eurosat")
+                     dict(list(names.items())[:classes or layout.classes]), per_class, layout.path)
 
 
 # ---------------------------------------------------------------------------- the six others
@@ -210,7 +180,7 @@ IMAGENET = {
 
 def fgvc_aircraft_tree(root, per_class=4, classes=7):
     """Not a JSON: variants.txt and images_variant_{train,val,test}.txt."""
-    folder, names = os.path.join(root, "fgvc_aircraft"), list(many(AIRCRAFT, classes))
+    folder, names = os.path.join(root, "fgvc_aircraft"), AIRCRAFT[:classes]
     number, images = 1025794, []
     for part, n in zip(("train", "val", "test"), sizes(per_class)):
         lines = []
@@ -224,10 +194,9 @@ def fgvc_aircraft_tree(root, per_class=4, classes=7):
     return [name.replace("_", " ") for name in names]
 
 
-def write_classnames(folder, classes):
+def write_classnames(folder, classes=10):
     """classnames.txt. Returns dict wnid -> name, in the order of the file."""
-    made_up = {f"n{12000000 + i:08d}": f"made up class {i}" for i in range(classes)}
-    names = dict(list((IMAGENET | made_up).items())[:classes])
+    names = dict(list(IMAGENET.items())[:classes])
     lines = [f"{wnid} {name}\n" for wnid, name in names.items()]
     write_text(os.path.join(folder, "classnames.txt"), "".join(lines))
     return names
@@ -256,37 +225,27 @@ def imagenetv2_tree(root, per_class=2, classes=10,
     return list(names.values())
 
 
-def wnid_tree(folder, per_class, names, wnids):
-    write_images(folder, [(f"{wnid}/{wnid}_{i}.JPEG", label)
+def variant_tree(folder, part, root, per_class=2, *, images):
+    """A part of the ten wnids in classnames.txt (of the real ones: 200 of 1,000, or all)."""
+    folder = os.path.join(root, folder)
+    names = write_classnames(folder)
+    wnids, images = sorted(names)[part], os.path.join(folder, images)
+    write_images(images, [(f"{wnid}/{wnid}_{i}.JPEG", label)
                           for label, wnid in enumerate(wnids) for i in range(per_class)])
-    write_text(os.path.join(folder, "README.txt"), "no class\n")
+    write_text(os.path.join(images, "README.txt"), "no class\n")
     return [names[wnid] for wnid in wnids]
 
 
-def imagenet_sketch_tree(root, per_class=2, classes=10, images="images"):
-    folder = os.path.join(root, "imagenet-sketch")
-    names = write_classnames(folder, classes)
-    return wnid_tree(os.path.join(folder, images), per_class, names, sorted(names))
-
-
-def imagenet_a_tree(root, per_class=2, classes=5):
-    """`classes` wnids out of twice as many in classnames.txt (the real one: 200 of 1,000)."""
-    folder = os.path.join(root, "imagenet-adversarial")
-    names = write_classnames(folder, 2 * classes)
-    return wnid_tree(os.path.join(folder, "imagenet-a"), per_class, names, sorted(names)[1::2])
-
-
-def imagenet_r_tree(root, per_class=2, classes=5):
-    folder = os.path.join(root, "imagenet-rendition")
-    names = write_classnames(folder, 2 * classes)
-    return wnid_tree(os.path.join(folder, "imagenet-r"), per_class, names, sorted(names)[::2])
-
-
+partial = functools.partial
 TREES = {"imagenet": imagenet_tree,
-         **{name: functools.partial(field_tree, name) for name in LAYOUTS},
+         **{name: partial(field_tree, name) for name in LAYOUTS},
          "fgvc_aircraft": fgvc_aircraft_tree, "imagenetv2": imagenetv2_tree,
-         "imagenet_sketch": imagenet_sketch_tree, "imagenet_a": imagenet_a_tree,
-         "imagenet_r": imagenet_r_tree}
+         "imagenet_sketch": partial(variant_tree, "imagenet-sketch", slice(None), images="images"),
+         "imagenet_a": partial(variant_tree, "imagenet-adversarial", slice(1, None, 2),
+                               images="imagenet-a"),
+         "imagenet_r": partial(variant_tree, "imagenet-rendition", slice(0, None, 2),
+                               images="imagenet-r")}
+dtd_tree, eurosat_tree = TREES["dtd"], TREES["eurosat"]
 
 
 # ---------------------------------------------------------------------------- of one's own
